@@ -1,0 +1,84 @@
+"""torch.nn.Module -> subject. The user's module is run through `functional_call`; its own tensors are never written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from equivalence.frameworks.subject import Flat, Subject
+
+
+def accepts(model: Any) -> bool:
+    """Whether `model` is a torch module."""
+    return isinstance(model, torch.nn.Module)
+
+
+def subject(model: torch.nn.Module) -> Subject:
+    """The subject of a torch module: parameters, persistent and other buffers, ties, frozen leaves, layer types."""
+    params: Flat = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for path, tensor in model.named_parameters(remove_duplicate=False):
+        if id(tensor) in first:
+            aliases[path] = first[id(tensor)]
+            continue
+        first[id(tensor)] = path
+        params[path] = to_numpy(tensor)
+    buffers: Flat = {}
+    for path, tensor in model.named_buffers(remove_duplicate=False):
+        if id(tensor) in first:
+            aliases[path] = first[id(tensor)]
+            continue
+        first[id(tensor)] = path
+        buffers[path] = to_numpy(tensor)
+    layers = {}
+    for path in (*params, *buffers, *aliases):
+        owner = path.rpartition(".")[0]
+        layers[path] = type(model.get_submodule(owner)).__name__
+
+    def apply(params: Flat, buffers: Flat, args: Any, kwargs: Any, train: bool) -> tuple[Any, Flat]:
+        with mode(model, train):
+            outputs = torch.func.functional_call(model, {**params, **buffers}, args, kwargs)
+        return outputs, buffers
+
+    return Subject(
+        framework="torch",
+        runtime="torch",
+        name=type(model).__name__,
+        params=params,
+        buffers=buffers,
+        apply=apply,
+        model=model,
+        aliases=aliases,
+        frozen=frozenset(
+            path for path, tensor in model.named_parameters() if not tensor.requires_grad and path in params
+        ),
+        layers=layers,
+    )
+
+
+@contextlib.contextmanager
+def mode(model: torch.nn.Module, train: bool) -> Iterator[None]:
+    """Put a module and all below it in train or eval mode, and every one of them back as it was."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = train
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A copy of a tensor as NumPy; bfloat16, which NumPy lacks, as ml_dtypes' bfloat16."""
+    plain = tensor.detach().cpu()
+    if plain.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return plain.view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
+    return np.array(plain.numpy(), copy=True)

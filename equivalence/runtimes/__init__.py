@@ -1,0 +1,1 @@
+"""The array libraries that execute: torch and jax. Written once for all frameworks on them."""
