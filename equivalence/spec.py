@@ -71,6 +71,22 @@ class TrainingData:
     held_out_targets: Arrays
     plan: BatchPlan
     accuracy: Callable[..., float] | None = None
+    rows_are_batches: bool = False
+    """Whether each row is a whole batch (then `plan.batch_size` is 1 and the row axis is dropped)."""
+    must_learn: bool = True
+    """Whether a run whose loss did not fall judges nothing."""
+
+    names: tuple[str, ...] | None = None
+    """The keywords of `inputs`, where a model takes them by keyword."""
+
+    def named(self, arrays: tuple[Any, ...]) -> Any:
+        """Inputs as the model takes them: a dict by keyword, or the tuple."""
+        return arrays if self.names is None else dict(zip(self.names, arrays, strict=True))
+
+    def rows(self, index: np.ndarray) -> tuple[Any, Arrays]:
+        """Inputs and targets of one batch."""
+        pick = index[0] if self.rows_are_batches else index
+        return self.named(tuple(a[pick] for a in self.inputs)), tuple(a[pick] for a in self.targets)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,9 @@ class Report:
         from equivalence.report.text import explain
 
         error = DivergenceError if self.verdict == "divergent" else InconclusiveError
-        raise error("\n".join(explain(self.target, report) for report in self.reports if report.verdict != "equivalent"))
+        raise error(
+            "\n".join(explain(self.target, report) for report in self.reports if report.verdict != "equivalent")
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON contract, schema 1: floats that are not finite become null."""

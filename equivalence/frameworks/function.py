@@ -44,7 +44,9 @@ def subject(model: FunctionModel) -> Subject:
     keyed, structure = jax.tree_util.tree_flatten_with_path(model.params)
     paths = [join(_key(key) for key in path) for path, _ in keyed]
     arrays = {path: np.asarray(leaf) for path, (_, leaf) in zip(paths, keyed, strict=True)}
-    buffers = {path: array for path, array in arrays.items() if not jax.numpy.issubdtype(array.dtype, jax.numpy.inexact)}
+    buffers = {
+        path: array for path, array in arrays.items() if not jax.numpy.issubdtype(array.dtype, jax.numpy.inexact)
+    }
     declared = inspect.signature(model.apply).parameters
 
     def native(flat: Flat) -> Any:

@@ -45,13 +45,30 @@ def host(tree: Any) -> Any:
 
     def one(value: Any) -> np.ndarray:
         plain = np.asarray(value)
-        return plain.astype(np.float32) if plain.dtype.kind == "V" or plain.dtype.itemsize < 4 and _low(plain) else plain
+        return (
+            plain.astype(np.float32) if plain.dtype.kind == "V" or plain.dtype.itemsize < 4 and _low(plain) else plain
+        )
 
     return jax.tree_util.tree_map(one, tree)
 
 
 def _low(plain: np.ndarray) -> bool:
     return bool(jnp.issubdtype(plain.dtype, jnp.floating))
+
+
+def projection(seed: int) -> Callable[..., Any]:
+    """A loss where none was given: the mean of the outputs against a fixed random cotangent."""
+
+    def loss(outputs: Any, *targets: Any) -> Any:
+        del targets
+        flat = {path: jnp.asarray(value) for path, value in flatten(outputs).items()}
+        return sum(
+            jnp.mean(value * jnp.asarray(cotangent(seed, path, value.shape), value.dtype))
+            for path, value in flat.items()
+            if jnp.issubdtype(value.dtype, jnp.floating)
+        )
+
+    return loss
 
 
 class JaxRunner:
@@ -132,7 +149,7 @@ class JaxRunner:
             seen |= {f"parameter_gradients.{family}.{path}": value for path, value in back.items()}
             seen |= {f"input_gradients.{family}.{name}": value for name, value in of_inputs.items()}
         if train:
-            seen |= {f"buffers.{path}": value for path, value in self.back(after).items() if path in self._buffers}
+            seen |= {f"buffers.{path}": value for path, value in self.back(after).items() if path in self.buffer_paths}
         return seen
 
     def bound_frozen(self) -> set[str]:
@@ -140,13 +157,16 @@ class JaxRunner:
         return {path for source in self.frozen for path in self.bound.targets_of(source)}
 
     @property
-    def _buffers(self) -> set[str]:
-        return {path for move in self.bound.moves for path in move.sources if set(move.targets) & set(self.subject.buffers)}
+    def buffer_paths(self) -> set[str]:
+        """The reference's buffers that the port keeps too."""
+        return {
+            path for move in self.bound.moves for path in move.sources if set(move.targets) & set(self.subject.buffers)
+        }
 
     def _buffers_after(self, weights: Flat, inputs: Any, draws: Any, *, train: bool, bits: int) -> Flat:
         params, buffers = self.load(weights, bits)
         after = self._forward(params, buffers, inputs, draws, train)[1]
-        return {path: value for path, value in self.back(after).items() if path in self._buffers}
+        return {path: value for path, value in self.back(after).items() if path in self.buffer_paths}
 
     def _given(self, weights: Observation, bits: int) -> Flat:
         needed = {path for move in self.bound.moves if move.targets for path in move.sources}

@@ -127,6 +127,21 @@ def host(value: torch.Tensor) -> np.ndarray:
     return (plain.float() if plain.dtype in (torch.bfloat16, torch.float16) else plain).numpy()
 
 
+def projection(seed: int) -> Callable[..., torch.Tensor]:
+    """A loss where none was given: the mean of the outputs against a fixed random cotangent."""
+
+    def loss(outputs: Any, *targets: Any) -> torch.Tensor:
+        del targets
+        flat = {path: value for path, value in flatten(outputs).items() if value.is_floating_point()}
+        parts = [
+            (value * torch.from_numpy(cotangent(seed, path, tuple(value.shape))).to(value)).mean()
+            for path, value in flat.items()
+        ]
+        return torch.stack(parts).sum()
+
+    return loss
+
+
 class TorchRunner:
     """Runs one torch subject: the reference of every comparison."""
 
@@ -186,7 +201,9 @@ class TorchRunner:
             value = self.loss(outputs, *targets)
             seen["loss"] = value
             taken = torch.autograd.grad(value, list(roots.values()), retain_graph=True, allow_unused=True)
-            slopes = {p: torch.zeros_like(v) if g is None else g for (p, v), g in zip(roots.items(), taken, strict=True)}
+            slopes = {
+                p: torch.zeros_like(v) if g is None else g for (p, v), g in zip(roots.items(), taken, strict=True)
+            }
             seen |= {f"output_gradients.{path}": slope for path, slope in slopes.items()}
             families["loss"] = slopes
         for number, (family, slopes) in enumerate(families.items()):
@@ -214,7 +231,9 @@ class TorchRunner:
         seen = self.observe(bits, weights, batch, train=True, seed=seed, gradients=False)
         return {path.removeprefix("buffers."): v for path, v in seen.values.items() if path.startswith("buffers.")}
 
-    def stepper(self, bits: int, weights: Observation, optimizer: OptimizerPair, rates: Sequence[float]) -> TorchStepper:
+    def stepper(
+        self, bits: int, weights: Observation, optimizer: OptimizerPair, rates: Sequence[float]
+    ) -> TorchStepper:
         """A training run at its start."""
         return TorchStepper(self, bits, weights, optimizer, rates)
 

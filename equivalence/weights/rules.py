@@ -45,7 +45,9 @@ def flip(*axes: int) -> Change:
     """The target holds the source reversed along `axes` (a transposed convolution's kernel)."""
 
     def turn(a: Array) -> Array:
-        return a[tuple(slice(None, None, -1) if i in {x % a.ndim for x in axes} else slice(None) for i in range(a.ndim))]
+        return a[
+            tuple(slice(None, None, -1) if i in {x % a.ndim for x in axes} else slice(None) for i in range(a.ndim))
+        ]
 
     return Change(f"flip {axes}", turn, turn, turn, turn)
 

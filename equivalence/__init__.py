@@ -1,0 +1,77 @@
+"""Proves that a PyTorch model (the reference) and its JAX port are the same function, or says where they part.
+
+>>> import equivalence as eq
+>>> eq.Rule  # doctest: +SKIP
+<class 'equivalence.weights.Rule'>
+
+Names are imported when they are first used: importing this package loads neither torch nor jax.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from equivalence.api import verify
+    from equivalence.errors import (
+        DivergenceError,
+        EquivalenceError,
+        InconclusiveError,
+        InputError,
+        MappingError,
+    )
+    from equivalence.frameworks.function import function
+    from equivalence.frameworks.linen import linen
+    from equivalence.spec import BatchPlan, Spec, TrainingData
+    from equivalence.verdict import Report
+    from equivalence.weights import Mapping, Rule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchPlan",
+    "DivergenceError",
+    "EquivalenceError",
+    "InconclusiveError",
+    "InputError",
+    "Mapping",
+    "MappingError",
+    "Report",
+    "Rule",
+    "Spec",
+    "TrainingData",
+    "__version__",
+    "function",
+    "linen",
+    "verify",
+]
+
+_HOMES = {
+    "BatchPlan": "equivalence.spec",
+    "DivergenceError": "equivalence.errors",
+    "EquivalenceError": "equivalence.errors",
+    "InconclusiveError": "equivalence.errors",
+    "InputError": "equivalence.errors",
+    "Mapping": "equivalence.weights",
+    "MappingError": "equivalence.errors",
+    "Report": "equivalence.verdict",
+    "Rule": "equivalence.weights",
+    "Spec": "equivalence.spec",
+    "TrainingData": "equivalence.spec",
+    "function": "equivalence.frameworks.function",
+    "linen": "equivalence.frameworks.linen",
+    "verify": "equivalence.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,356 @@
+"""One structure, both sides: the four runs of an example, what they measured, and the reference's own noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from equivalence.checks import REGISTRY
+from equivalence.judgement import Finding, Where
+from equivalence.numerics import DIFFERS, Measure, distance, expected, finite, measure, ulp_twin
+from equivalence.observation import Batch, Observation, Seen
+
+if TYPE_CHECKING:
+    from equivalence.optimizers import OptimizerPair
+    from equivalence.runtimes.jax import JaxRunner
+    from equivalence.runtimes.torch import TorchRunner
+
+STEPS = 5
+"""Optimizer steps that `step` and `optimizer_state` compare."""
+CALLS = 3
+"""Training-mode calls that `state` compares."""
+NOISE_RUNS = 4
+"""Further runs of the reference that measure its noise."""
+ULP = 2.0**-52
+"""How far a noise run moves each weight, relative: one ulp of float64."""
+
+SLOTS = {"exp_avg": "mu", "exp_avg_sq": "nu", "momentum_buffer": "trace", "step": "count"}
+"""torch's name of a piece of optimizer state, and Optax's."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example: weights by reference path (float32), batches to step through (the first is observed), a seed."""
+
+    index: int
+    kind: str
+    ordinary: bool
+    weights: Observation
+    batches: tuple[Batch, ...]
+    seed: int
+    label: str
+    kept: Observation | None = None
+    """The weights the port already holds, in the reference's terms, when it is they that are judged."""
+
+    @property
+    def port_weights(self) -> Observation:
+        """The weights that the port runs with."""
+        return self.weights if self.kept is None else self.kept
+
+    @property
+    def elements(self) -> int:
+        """Elements of the largest array among weights and inputs."""
+        arrays = [*self.weights.values(), *self.batches[0].arrays().values()]
+        return max((array.size for array in arrays), default=1)
+
+    def step_seed(self, step: int) -> int:
+        """The tape's seed of one optimizer step."""
+        return self.seed + 7919 * (step + 1)
+
+
+@dataclass(frozen=True)
+class Four:
+    """The four runs of one example: reference and port, in float32 and in float64."""
+
+    reference32: Observation
+    reference64: Observation
+    port32: Observation
+    port64: Observation
+
+    def measures(self, elements: int) -> dict[str, Measure]:
+        """Every distance at every path that both sides have."""
+        return {
+            path: measure(path, self.reference32[path], value, self.port32[path], self.port64[path], elements)
+            for path, value in self.reference64.items()
+            if path in self.port64 and value.shape == self.port64[path].shape
+        }
+
+
+@dataclass
+class Comparison:
+    """The reference and a port of one structure, ready to run.
+
+    `reference` and `port` observe; `stepping_reference` and `stepping_port` take optimizer steps (with a loss of
+    their own where the user gave none).
+    """
+
+    reference: TorchRunner
+    port: JaxRunner
+    stepping_reference: TorchRunner
+    stepping_port: JaxRunner
+    optimizer: OptimizerPair
+    units: dict[Where, tuple[float, dict[str, float]]] = field(default_factory=dict)
+    noises: dict[Where, list[dict[str, float]]] = field(default_factory=dict)
+    unmatched_slots: set[str] = field(default_factory=set)
+    _programs: dict[int, Any] = field(default_factory=dict)
+    _draws: dict[int, list[Seen]] = field(default_factory=dict)
+
+    # --- observe -----------------------------------------------------------------------------------------------
+
+    def reference_seen(self, example: Example, bits: int, train: bool) -> Seen:
+        """The reference's observation of an example's first batch."""
+        return self.reference.observe(bits, example.weights, example.batches[0], train, example.seed)
+
+    def four(self, example: Example, train: bool) -> tuple[Four, Seen]:
+        """All four observations, and the reference's float64 run with the draws it was served."""
+        ours = {bits: self.reference_seen(example, bits, train) for bits in (32, 64)}
+        theirs = {
+            bits: self.port.observe(bits, example.port_weights, example.batches[0], train, example.seed, ours[64])
+            for bits in (32, 64)
+        }
+        return Four(ours[32].values, ours[64].values, theirs[32].values, theirs[64].values), ours[64]
+
+    def observed(self, example: Example, train: bool, wanted: Sequence[str]) -> tuple[list[Finding], Four]:
+        """The findings of every check that reads an observation."""
+        four, _ = self.four(example, train)
+        where = ("observe", example.index, train)
+        findings = self._findings(four.measures(example.elements), where, example, wanted, "train" if train else "eval")
+        return findings, four
+
+    def _findings(
+        self, measures: dict[str, Measure], where: Where, example: Example, wanted: Sequence[str], mode: str
+    ) -> list[Finding]:
+        slopes = [m.scale_reference for path, m in measures.items() if path.startswith("output_gradients.")]
+        slope = max((s for s in slopes if np.isfinite(s)), default=0.0)
+        units = {
+            path.replace(".cotangent.", ".loss.", 1): m.scale_reference
+            for path, m in measures.items()
+            if ".cotangent." in path
+        }
+        self.units[where] = slope, units
+        found = []
+        for path, m in measures.items():
+            for name in wanted:
+                family = REGISTRY[name].claims(path)
+                if family is not None:
+                    unit = units.get(path, 0.0)
+                    found.append(Finding(name, where, f"{mode}.{path}", family, m, example.ordinary, slope, unit))
+        return found
+
+    def compiled_or_not(self, example: Example, train: bool) -> list[Finding]:
+        """The port's float64 run not compiled, held against its compiled run."""
+        ours = self.reference_seen(example, 64, train)
+        runs = {
+            (bits, compiled): self.port.observe(
+                bits, example.port_weights, example.batches[0], train, example.seed, ours, compiled
+            ).values
+            for bits in (32, 64)
+            for compiled in (True, False)
+        }
+        four = Four(runs[32, True], runs[64, True], runs[32, False], runs[64, False])
+        mode = "train" if train else "eval"
+        return self._findings(four.measures(example.elements), ("observe", example.index, train), example, ["jit"], mode)
+
+    # --- state -------------------------------------------------------------------------------------------------
+
+    def states(self, example: Example) -> list[Finding]:
+        """The findings of `state`: buffers after each of several training-mode calls."""
+        found = []
+        weights = {key: dict(example.weights) for key in ("r32", "r64")}
+        weights |= {key: dict(example.port_weights) for key in ("p32", "p64")}
+        for number in range(CALLS):
+            batch, seed = example.batches[number % len(example.batches)], example.seed + number
+            ours = {b: self.reference.observe(b, weights[f"r{b}"], batch, True, seed, gradients=False) for b in (32, 64)}
+            after = {f"r{b}": _buffers(seen.values) for b, seen in ours.items()}
+            after |= {f"p{b}": self.port.advance(b, weights[f"p{b}"], batch, ours[64]) for b in (32, 64)}
+            for key, buffers in after.items():
+                weights[key].update(buffers)
+            four = Four(*({f"buffers.{p}": v for p, v in after[key].items()} for key in ("r32", "r64", "p32", "p64")))
+            where = ("state", example.index)
+            for path, m in four.measures(example.elements).items():
+                found.append(Finding("state", where, f"call{number + 1}.{path}", "plain", m, example.ordinary))
+        return found
+
+    def _states64(self, example: Example, weights: Observation) -> Observation:
+        weights, found = dict(weights), {}
+        for number in range(CALLS):
+            batch, seed = example.batches[number % len(example.batches)], example.seed + number
+            seen = self.reference.observe(64, weights, batch, True, seed, gradients=False)
+            weights.update(_buffers(seen.values))
+            found.update({f"call{number + 1}.buffers.{p}": v for p, v in _buffers(seen.values).items()})
+        return found
+
+    # --- steps -------------------------------------------------------------------------------------------------
+
+    def program(self, bits: int) -> Any:
+        """The port's compiled step at one precision, made once."""
+        if bits not in self._programs:
+            self._programs[bits] = self.stepping_port.program(self.optimizer, self.optimizer.rates(STEPS), bits)
+        return self._programs[bits]
+
+    def stepped(self, example: Example, wanted: Sequence[str]) -> Iterator[list[Finding]]:
+        """The findings of `step` and `optimizer_state`, one step at a time; nothing of a step is kept."""
+        from equivalence.runtimes.jax import JaxStepper
+
+        rates = self.optimizer.rates(STEPS)
+        ours = {b: self.stepping_reference.stepper(b, example.weights, self.optimizer, rates) for b in (32, 64)}
+        theirs = {b: JaxStepper(self.program(b), example.port_weights) for b in (32, 64)}
+        where = ("steps", example.index)
+        self.noises[where] = []
+        slope, units = self.units.get(("observe", example.index, True), (0.0, {}))
+        for number in range(STEPS):
+            batch, seed = example.batches[number % len(example.batches)], example.step_seed(number)
+            seen = {bits: stepper.step(batch, seed) for bits, stepper in ours.items()}
+            losses = {bits: stepper.step(batch, seen[64]) for bits, stepper in theirs.items()}
+            four = Four(
+                seen[32].values | _stepped(ours[32]),
+                seen[64].values | _stepped(ours[64]),
+                losses[32].values | self._port_stepped(theirs[32], ours[32]),
+                losses[64].values | self._port_stepped(theirs[64], ours[64]),
+            )
+            measures = four.measures(example.elements)
+            noise = {}
+            for path in [path for path in measures if path.startswith("gradients.")]:
+                m, leaf = measures.pop(path), path.removeprefix("gradients.")
+                unit = units.get(f"parameter_gradients.loss.{leaf}", 0.0)
+                noise[leaf] = gradient_noise(m, slope * unit)
+            self.noises[where].append(noise)
+            findings = []
+            for path, m in measures.items():
+                for name in wanted:
+                    if REGISTRY[name].claims(path) is not None:
+                        findings.append(Finding(name, where, f"step{number + 1}.{path}", "plain", m, example.ordinary))
+            yield findings
+
+    def _port_stepped(self, stepper: Any, reference: Any) -> Observation:
+        state = stepper.optimizer_state()
+        found = {f"parameters.{path}": value for path, value in stepper.parameters().items()}
+        found |= {f"gradients.{path}": value for path, value in stepper.seen_gradients().items()}
+        for slot in reference.optimizer_state():
+            leaves = state.get(SLOTS.get(slot, ""), {})
+            if not leaves:
+                self.unmatched_slots.add(slot)
+            for path, value in leaves.items():
+                found[f"optimizer.{slot}.{path}".rstrip(".")] = _counter(value) if path == "" else value
+        return found
+
+    def _steps64(self, example: Example, noise: list[dict[str, float]] | None, seed: int) -> Observation:
+        """Everything a float64 run of the reference's steps shows, its gradients jittered by `noise`."""
+        rng = np.random.default_rng((example.seed, seed))
+        stepper = self.stepping_reference.stepper(64, example.weights, self.optimizer, self.optimizer.rates(STEPS))
+        found: Observation = {}
+        for number in range(STEPS):
+            if noise is not None:
+                scales = noise[number]
+                stepper.jitter = lambda gradients, scales=scales: {
+                    path: rng.standard_normal(tuple(gradients[path].shape)) * sigma
+                    for path, sigma in scales.items()
+                    if path in gradients
+                }
+            batch = example.batches[number % len(example.batches)]
+            seen = stepper.step(batch, example.step_seed(number)).values | _stepped(stepper)
+            found |= {f"step{number + 1}.{path}": np.array(value) for path, value in seen.items()}
+        return found
+
+    # --- the port alone ----------------------------------------------------------------------------------------
+
+    def port_states(self, example: Example, weights: Observation) -> Observation:
+        """The port's buffers after each training-mode call in float64, from other weights."""
+        weights, found = dict(weights), {}
+        for number in range(CALLS):
+            batch, seed = example.batches[number % len(example.batches)], example.seed + number
+            ours = self.reference.observe(64, example.weights, batch, True, seed, gradients=False)
+            after = self.port.advance(64, weights, batch, ours)
+            weights.update(after)
+            found.update({f"call{number + 1}.buffers.{path}": value for path, value in after.items()})
+        return found
+
+    def port_steps(self, example: Example, weights: Observation) -> Iterator[Observation]:
+        """Everything the port's float64 steps show from other weights, one step at a time."""
+        from equivalence.runtimes.jax import JaxStepper
+
+        served = self._served(example)
+        stepper = JaxStepper(self.program(64), weights)
+        names = {field_: slot for slot, field_ in SLOTS.items()}
+        for number in range(STEPS):
+            batch = example.batches[number % len(example.batches)]
+            found = stepper.step(batch, served[number]).values
+            found |= {f"parameters.{path}": value for path, value in stepper.parameters().items()}
+            for slot, leaves in stepper.optimizer_state().items():
+                found |= {f"optimizer.{names.get(slot, slot)}.{p}": v for p, v in leaves.items() if p}
+            yield {f"step{number + 1}.{path}": value for path, value in found.items()}
+
+    def _served(self, example: Example) -> list[Seen]:
+        """The draws of the reference's steps: kept from the last time they were asked for this example."""
+        if example.index not in self._draws:
+            rates = self.optimizer.rates(STEPS)
+            stepper = self.stepping_reference.stepper(64, example.weights, self.optimizer, rates)
+            seeds = [(example.batches[n % len(example.batches)], example.step_seed(n)) for n in range(STEPS)]
+            self._draws = {example.index: [stepper.step(batch, seed) for batch, seed in seeds]}
+        return self._draws[example.index]
+
+    # --- noise -------------------------------------------------------------------------------------------------
+
+    def noise(self, example: Example, where: Where, paths: Sequence[str]) -> dict[str, float]:
+        """How far the reference's own noise moves each path: four float64 runs of it, weights moved by one ulp, or
+        for steps the gradients jittered by what they may differ."""
+        largest = dict.fromkeys(paths, 0.0)
+        base = self._noise_run(example, where, None)
+        for number in range(NOISE_RUNS):
+            run = self._noise_run(example, where, number)
+            for path in paths:
+                if path in base:
+                    largest[path] = max(largest[path], finite(_apart(run[path], base[path])))
+        return largest
+
+    def _noise_run(self, example: Example, where: Where, number: int | None) -> Observation:
+        kind = where[0]
+        if kind == "steps":
+            return self._steps64(example, None if number is None else self.noises[where], number or 0)
+        weights = example.weights
+        if number is not None:
+            rng = np.random.default_rng((example.seed, number))
+            weights = {
+                path: ulp_twin(value.astype(np.float64) if value.dtype.kind == "f" else value, rng, ULP)
+                for path, value in example.weights.items()
+            }
+        if kind == "state":
+            return self._states64(example, weights)
+        train = bool(where[2])
+        seen = self.reference.observe(64, weights, example.batches[0], train, example.seed)
+        mode = "train" if train else "eval"
+        return {f"{mode}.{path}": value for path, value in seen.values.items()}
+
+
+def gradient_noise(m: Measure, floor: float) -> float:
+    """How far a step's gradient may differ: its gap, at least its expectation and at most a hundred of them."""
+    first = expected(m, max(m.scale_reference, floor))
+    return min(max(finite(m.gap), first), DIFFERS * first)
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> float:
+    return distance(a, b) if b.dtype.kind == "f" else float(np.mean(a != b))
+
+
+def _buffers(values: Observation) -> Observation:
+    return {path.removeprefix("buffers."): value for path, value in values.items() if path.startswith("buffers.")}
+
+
+def _counter(value: Any) -> np.ndarray:
+    return np.asarray(value).astype(np.int64)
+
+
+def _stepped(stepper: Any) -> Observation:
+    """The reference after a step, by the paths of the step checks; one counter stands for all leaves'."""
+    found = {f"parameters.{path}": value for path, value in stepper.parameters().items()}
+    found |= {f"gradients.{path}": value for path, value in stepper.seen_gradients().items()}
+    for slot, leaves in stepper.optimizer_state().items():
+        if slot == "step":
+            found["optimizer.step"] = _counter(next(iter(leaves.values())))
+        else:
+            found |= {f"optimizer.{slot}.{path}": value for path, value in leaves.items()}
+    return found
+

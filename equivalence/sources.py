@@ -1,0 +1,318 @@
+"""Where examples come from: a spec's configurations, or the one pair that a user hands in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from equivalence import search
+from equivalence.comparison import Comparison, Example
+from equivalence.errors import InputError
+from equivalence.frameworks import adapt
+from equivalence.frameworks.subject import Subject
+from equivalence.observation import Batch, Observation
+from equivalence.optimizers import OptimizerPair, resolve
+from equivalence.pipeline import Structure
+from equivalence.search import Trial
+from equivalence.spec import REFERENCE, BatchPlan, Spec, TrainingData
+from equivalence.weights import Mapping, infer
+
+BATCHES = 3
+"""Batches of an example: the first is observed, optimizer steps cycle through all."""
+STRUCTURES = 2
+"""Configurations drawn beside the default one."""
+EXAMPLES = 12
+"""Examples a port, unless asked otherwise."""
+SHRINKING = 10
+"""Configurations that may be compiled to find a smaller failing one."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the two sides are run with beside their weights."""
+
+    losses: tuple[Callable[..., Any], Callable[..., Any]] | None
+    steps: tuple[Callable[..., Any], Callable[..., Any]] | None
+    optimizer: OptimizerPair
+    select: Callable[[Any], Any] = lambda outputs: outputs
+
+
+def compared(reference: Subject, port: Subject, mapping: Mapping | None, parts: Parts, seed: int) -> tuple[Any, Comparison]:
+    """`(bound, comparison)` of two subjects. Raises MappingError where the mapping does not fit."""
+    from equivalence.runtimes import jax as on_jax
+    from equivalence.runtimes import torch as on_torch
+
+    if reference.runtime != "torch":
+        raise InputError(f"the reference is a torch.nn.Module, not a model of {reference.framework}")
+    if port.runtime != "jax":
+        raise InputError(f"the port is a JAX model, not one of {port.framework}")
+    reference.require_finite()
+    port.require_finite()
+    mapping = infer(reference.leaves, port.leaves, reference.layers) if mapping is None else mapping
+    bound = mapping.bind(reference.leaves, port.leaves)
+    ours, theirs = parts.losses or (None, None)
+    step, port_step = parts.steps or (None, None)
+    stepping = ours or on_torch.projection(seed), theirs or on_jax.projection(seed)
+    comparison = Comparison(
+        on_torch.TorchRunner(reference, ours, parts.select),
+        on_jax.JaxRunner(port, bound, theirs, parts.select, frozen=reference.frozen),
+        on_torch.TorchRunner(reference, stepping[0], parts.select, step),
+        on_jax.JaxRunner(port, bound, stepping[1], parts.select, port_step, reference.frozen),
+        parts.optimizer,
+    )
+    return bound, comparison
+
+
+@dataclass
+class SpecSource:
+    """Examples of a spec: the default configuration on real data first, then configurations that Hypothesis draws."""
+
+    spec: Spec
+    ports: tuple[str, ...]
+    optimizer: Any = None
+    examples: int = EXAMPLES
+    seed: int = 0
+    _references: dict[Any, Subject] = field(default_factory=dict)
+
+    @property
+    def target(self) -> str:
+        return self.spec.name
+
+    reference = REFERENCE
+
+    @property
+    def reproduce(self) -> str:
+        return f"equivalence verify {self.spec.origin or self.spec.name} --port {{port}} --seed {self.seed}"
+
+    def count(self, port: str) -> int:
+        """Examples a port."""
+        return self.examples
+
+    def notes(self, port: str) -> list[str]:
+        """Nothing: a spec's parts are its own."""
+        return []
+
+    def trials(self) -> list[Trial]:
+        """The trials after the first example, the default configuration's first."""
+        configs = [self.spec.config]
+        wanted = STRUCTURES if self.examples > 2 else 0
+        if wanted:
+            for config in search.draw(self.spec.configurations(), 10 * wanted, self.seed):
+                if config not in configs and len(configs) <= wanted:
+                    configs.append(config)
+        ordinary = Trial(self.spec.config, "ordinary", 1.0, self.seed + 1)
+        drawn = search.draw(search.trials(st.sampled_from(configs)), self.examples, self.seed)
+        return sorted([ordinary, *drawn][: max(0, self.examples - 1)], key=lambda trial: configs.index(trial.config))
+
+    def structures(self, port: str) -> Iterator[Structure]:
+        """One structure a configuration, its examples with it."""
+        grouped: dict[Any, list[Trial]] = {self.spec.config: []}
+        for trial in self.trials():
+            grouped.setdefault(trial.config, []).append(trial)
+        index = 0
+        for config, trials in grouped.items():
+            made = self._structure(port, config)
+            if config == self.spec.config:
+                made.examples.append(self._first(made))
+            for trial in trials:
+                index += 1
+                made.examples.append(self._example(made, trial, index))
+            yield made
+
+    def _structure(self, port: str, config: Any) -> Structure:
+        ours, theirs = self.spec.implementation(REFERENCE), self.spec.implementation(port)
+        if config not in self._references:
+            self._references[config] = adapt(ours.build(config, self.seed))
+        reference, ported = self._references[config], adapt(theirs.build(config, self.seed))
+        optimizer = resolve(self.optimizer) if self.optimizer is not None else _own_pair(ours, theirs, config)
+        parts = Parts((ours.loss_fn, theirs.loss_fn), (ours.train_step, theirs.train_step), optimizer)
+        bound, comparison = compared(reference, ported, Mapping(self.spec.rules[port]), parts, self.seed)
+        return Structure(reference, ported, bound, comparison, [])
+
+    def _first(self, made: Structure) -> Example:
+        """The default configuration at its own initial weights, on real data where the spec has any."""
+        trial = Trial(self.spec.config, "ordinary", 1.0, self.seed)
+        batches = self._batches(trial)
+        if self.spec.first is not None:
+            batches = (Batch(*self.spec.first(self.spec.config)), *batches[1:])
+        return Example(0, "ordinary", True, _own(made.reference), batches, self.seed, "the real configuration and data")
+
+    def _batches(self, trial: Trial) -> tuple[Batch, ...]:
+        seeds = (trial.seed + 104729 * number for number in range(BATCHES))
+        return tuple(Batch(*self.spec.example(trial.config, np.random.default_rng(s), trial.kind)) for s in seeds)
+
+    def _example(self, made: Structure, trial: Trial, index: int) -> Example:
+        ours = made.reference
+        weights = search.moved(ours.params, ours.buffers, ours.layers, trial.scale, trial.seed)
+        ordinary = trial.kind in self.spec.ordinary
+        return Example(index, trial.kind, ordinary, weights, self._batches(trial), trial.seed, str(trial))
+
+    def training(self, structure: Structure) -> TrainingData | None:
+        """The spec's own training run."""
+        return None if self.spec.training is None else self.spec.training(self.spec.config, self.seed)
+
+    def smaller(self, port: str, fails: Callable[[Structure], bool]) -> str | None:
+        """The smallest failing trial that few compiled configurations lead to."""
+        made: dict[Any, Structure] = {}
+
+        def one(trial: Trial) -> bool:
+            if trial.config not in made:
+                if len(made) >= SHRINKING:
+                    return False
+                made[trial.config] = self._structure(port, trial.config)
+            structure = made[trial.config]
+            structure.examples[:] = [self._example(structure, trial, 0)]
+            return fails(structure)
+
+        found = search.smallest(search.trials(self.spec.configurations()), one, self.seed)
+        return None if found is None else str(found)
+
+
+def _own_pair(ours: Any, theirs: Any, config: Any) -> OptimizerPair:
+    return OptimizerPair(
+        "own",
+        "the implementations' own",
+        config.learning_rate,
+        lambda params, learning_rate: ours.make_optimizer(learning_rate)(params),
+        theirs.make_optimizer,
+    )
+
+
+def _own(subject: Subject) -> Observation:
+    return {
+        path: value.astype(np.float32) if value.dtype.kind == "f" else value
+        for path, value in {**subject.params, **subject.buffers}.items()
+    }
+
+
+@dataclass
+class PairSource:
+    """Examples of one pair that the user hands in: their own weights and inputs first, exactly; then drawn ones."""
+
+    made: Structure
+    inputs: Any
+    targets: tuple[np.ndarray, ...]
+    parts: Parts
+    examples: int = EXAMPLES
+    seed: int = 0
+
+    @property
+    def target(self) -> str:
+        return self.made.reference.name
+
+    @property
+    def reference(self) -> str:
+        return self.made.reference.framework
+
+    @property
+    def ports(self) -> tuple[str, ...]:
+        return (self.made.port.framework,)
+
+    @property
+    def reproduce(self) -> str:
+        return f"equivalence.verify(..., seed={self.seed})"
+
+    def count(self, port: str) -> int:
+        """Examples of the pair."""
+        return self.examples
+
+    def notes(self, port: str) -> list[str]:
+        """That an optimizer was translated, if it was."""
+        return [self.parts.optimizer.note] if self.parts.optimizer.note else []
+
+    def _drawn(self, count: int, seed: int) -> list[Batch]:
+        """The user's own inputs, or what their strategy gives."""
+        if not isinstance(self.inputs, st.SearchStrategy):
+            return [Batch(self.inputs, self.targets)] * count
+        found = search.draw(self.inputs, count, seed)
+        return [Batch(as_inputs(found[number % len(found)]), self.targets) for number in range(count)]
+
+    def structures(self, port: str) -> Iterator[Structure]:
+        """The one structure."""
+        drawn = self._drawn(self.examples, self.seed)
+        ours = self.made.reference
+        own = Example(0, "ordinary", True, _own(ours), self._batches(drawn[0], "ordinary", self.seed), self.seed, "yours")
+        if self.made.keep:
+            back = self.made.bound.backward({**self.made.port.params, **self.made.port.buffers})
+            own = dataclasses.replace(own, kept={**own.weights, **_floats(back)})
+        self.made.examples[:] = [own]
+        trials = [Trial(None, "ordinary", 1.0, self.seed + 1)]
+        trials += search.draw(search.trials(st.none()), self.examples, self.seed)
+        for index, trial in enumerate(trials[: max(0, self.examples - 1)], 1):
+            self.made.examples.append(self._example(trial, index, drawn[index % len(drawn)]))
+        yield self.made
+
+    def _batches(self, first: Batch, kind: str, seed: int) -> tuple[Batch, ...]:
+        others = (search.batch_like(first, kind, seed + 104729 * number) for number in range(1, BATCHES))
+        return (first, *others)
+
+    def _example(self, trial: Trial, index: int, drawn: Batch) -> Example:
+        ours = self.made.reference
+        weights = search.moved(ours.params, ours.buffers, ours.layers, trial.scale, trial.seed)
+        if isinstance(self.inputs, st.SearchStrategy):
+            first, ordinary = drawn, True
+        else:
+            first, ordinary = search.batch_like(drawn, trial.kind, trial.seed), trial.kind == "ordinary"
+        kind = "ordinary" if ordinary else trial.kind
+        return Example(index, kind, ordinary, weights, self._batches(first, kind, trial.seed), trial.seed, str(trial))
+
+    def training(self, structure: Structure) -> TrainingData | None:
+        """Twelve epochs of four batches like the user's, where there is a loss to train on."""
+        if self.parts.losses is None and self.parts.steps is None:
+            return None
+        batches = self._batches(structure.examples[0].batches[0], "ordinary", self.seed + 17)
+        batches += (search.batch_like(batches[0], "ordinary", self.seed + 23),)
+        names = tuple(batches[0].inputs) if isinstance(batches[0].inputs, dict) else None
+        columns = zip(*(batch.arrays().values() for batch in batches), strict=True)
+        inputs = tuple(np.stack(column) for column in columns)
+        targets = tuple(np.stack(column) for column in zip(*(batch.targets for batch in batches), strict=True))
+        rng = np.random.default_rng(self.seed)
+        plan = BatchPlan(np.stack([rng.permutation(len(batches)) for _ in range(12)]), 1)
+        return TrainingData(inputs, targets, (), (), plan, None, rows_are_batches=True, must_learn=False, names=names)
+
+    def smaller(self, port: str, fails: Callable[[Structure], bool]) -> str | None:
+        """The simplest failing trial of the user's structure."""
+        tries = 0
+
+        def one(trial: Trial) -> bool:
+            nonlocal tries
+            tries += 1
+            if tries > 4 * SHRINKING:
+                return False
+            self.made.examples[:] = [self._example(trial, 0, self._drawn(1, self.seed)[0])]
+            return fails(self.made)
+
+        found = search.smallest(search.trials(st.none()), one, self.seed)
+        return None if found is None else str(found)
+
+
+def _floats(leaves: Observation) -> Observation:
+    return {p: np.asarray(v).astype(np.float32) if np.asarray(v).dtype.kind in "fV" else np.asarray(v) for p, v in leaves.items()}
+
+
+def as_inputs(inputs: Any) -> Any:
+    """Inputs as a dict or a tuple of NumPy arrays. Raises InputError for anything else, and for NaN or infinity."""
+    if isinstance(inputs, dict):
+        made: Any = {str(name): _array(value) for name, value in inputs.items()}
+        values: Sequence[np.ndarray] = list(made.values())
+    elif isinstance(inputs, (tuple, list)):
+        made = tuple(_array(value) for value in inputs)
+        values = made
+    else:
+        raise InputError(f"inputs= takes a tuple or a dict of arrays, or a strategy of them, not {type(inputs).__name__}")
+    for number, value in enumerate(values):
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise InputError(f"input {number} holds NaN or infinity")
+    return made
+
+
+def _array(value: Any) -> np.ndarray:
+    plain = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    if plain.dtype.kind not in "fiub":
+        raise InputError(f"an input of dtype {plain.dtype} cannot be compared")
+    return plain.astype(np.float32) if plain.dtype.kind == "f" else plain

@@ -1,0 +1,1 @@
+"""Models, one folder each, their implementations side by side."""
