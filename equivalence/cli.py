@@ -189,13 +189,13 @@ def _listen(
 ) -> Report:
     """Run the pipeline and show its events; return the report of the last one."""
     from equivalence.events import Finished
-    from equivalence.pipeline import verify_spec
+    from equivalence.api import verify_spec
     from equivalence.report.terminal import Terminal
 
     event = None
     with Terminal(console) as terminal:
         for event in verify_spec(
-            spec, ports=ports, checks=checks, optimizer=optimizer, examples=examples, seed=seed, power=power
+            spec, ports=ports, checks=checks, optimizer=optimizer, examples=examples, seed=seed
         ):
             terminal.handle(event)
     if not isinstance(event, Finished):

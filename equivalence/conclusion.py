@@ -217,6 +217,7 @@ def conclude(conclusions: Conclusions, port: str, reference: Subject, bound: Bou
         tuple(bound.pairs()),
         divergence,
         conclusions.training,
+        conclusions.noticed or None,
         reproduce,
     )
 

@@ -39,6 +39,11 @@ class Structure:
     examples: list[Example]
     keep: bool = False
 
+    @property
+    def sample(self) -> Example:
+        """The example that extra runs are made on: moved weights where there is one, else the first."""
+        return self.examples[min(1, len(self.examples) - 1)]
+
 
 class Source(Protocol):
     """Where structures and examples come from: a spec, or the user's own pair."""
@@ -121,6 +126,8 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
             first = structure_
             if not _standing(work, structure_):
                 break
+        if not any(work.wants(kind) for kind in ("observe", "state", "steps", "jit")):
+            break
         judge = Judge()
         for example in structure_.examples:
             _observe(work, structure_, example, judge)
@@ -136,7 +143,7 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
         if structure_ is first:
             decided = decisions
     assert first is not None
-    if not work.conclusions.diverged:
+    if decided and not work.conclusions.diverged:
         yield from _plant(work, first, decided)
         if work.covered.masks:
             work.conclusions.coverage = seen.coverage(work.covered, first.comparison, first.examples[-1])
@@ -182,7 +189,7 @@ def _observe(work: _Work, structure_: Structure, example: Example, judge: Judge)
     """All runs of one example; other draws on the port's side are a divergence of the first check that sees them."""
     comparison, observing = structure_.comparison, work.wants("observe")
     # steps need the scale of their gradients, which the train-mode observation measures
-    modes = (False, True) if observing else (True,) if work.wants("steps") else ()
+    modes = (False, True) if observing or work.wants("jit") else (True,) if work.wants("steps") else ()
     for train in modes:
         try:
             findings, four = comparison.observed(example, train, observing)
@@ -192,7 +199,7 @@ def _observe(work: _Work, structure_: Structure, example: Example, judge: Judge)
             continue
         judge.add(findings)
         work.covered.add(four.reference64, {finding.measure.path: finding.measure for finding in findings})
-        if work.wants("jit") and example is structure_.examples[0]:
+        if work.wants("jit") and example is structure_.sample:
             judge.add(comparison.compiled_or_not(example, train))
     try:
         if work.wants("state") and structure_.reference.buffers and comparison.port.buffer_paths:
@@ -279,7 +286,7 @@ def _differs(structure_: Structure, plan: Plan, conclusions: Conclusions) -> boo
 def _plant(work: _Work, structure_: Structure, decisions: Sequence[Decision]) -> Iterator[Event]:
     """The resolution of every check: one plant in each leaf of the port, and how small it could have been."""
     comparison = structure_.comparison
-    example = structure_.examples[min(1, len(structure_.examples) - 1)]
+    example = structure_.sample
     leaves = [p for p in structure_.reference.params if structure_.bound.targets_of(p) and example.weights[p].size]
     runs = [("observe", train) for train in (False, True)] if work.wants("observe") or work.wants("jit") else []
     base: dict[Any, Any] = {}

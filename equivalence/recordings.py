@@ -51,7 +51,10 @@ def key(
 
     made = optimizer.reference([torch.nn.Parameter(torch.zeros(1))], optimizer.learning_rate)
     groups = [{name: value for name, value in group.items() if name != "params"} for group in made.param_groups]
-    engine = [sys.modules[name] for name in sorted(sys.modules) if name.startswith("equivalence.runtimes.torch")]
+    from equivalence import randomness, training
+    from equivalence.runtimes import torch as runtime
+    from equivalence.runtimes import torch_training
+
     depends = [
         FORMAT,
         JITTERED,
@@ -59,8 +62,7 @@ def key(
         torch.__version__,
         torch.__config__.show(),
         torch.get_num_threads(),
-        engine,
-        [sys.modules["equivalence.training"], sys.modules["equivalence.randomness"]],
+        [runtime, torch_training, training, randomness],
         dict(weights),
         [data.inputs, data.targets, data.plan.order, data.plan.batch_size, data.rows_are_batches],
         [type(made), groups, optimizer.learning_rate, optimizer.changes_rate, optimizer.reference],

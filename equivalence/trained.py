@@ -41,27 +41,28 @@ def train(
             recordings.write(name, recorded)
     programs = {bits: WholeTraining(comparison.stepping_port, optimizer, bits, data) for bits in (32, 64)}
     runs = {bits: program.run(example.port_weights, recorded.draws, seed) for bits, program in programs.items()}
-    findings = judge(recorded, runs[32], runs[64], example.elements)
+    findings = judge(recorded, runs[32], runs[64], example.elements, data.plan.batches)
     losses, parameters = {}, {}
     diverged = any(f.differs for f in findings)
     if not diverged:
         leaves = [p for p in recorded.parameters if p not in runner.subject.frozen and recorded.parameters[p][0].size]
         for leaf in leaves:
             losses[leaf], parameters[leaf] = programs[64].run(planted(example, leaf), recorded.draws, seed)
-    smallest = noticed(recorded, parameters, losses, runs[64][1], runs[64][0], example.elements)
+    conclusions.noticed["training"] = smallest = noticed(recorded, parameters, losses, runs[64][1], runs[64][0], example.elements)
     conclusions.training = summary(recorded, runner, runs[32], runs[64], data)
     idle = moved(recorded, example.weights, data, runner.subject.frozen)
-    conclusions.direct(_report(findings, smallest, recorded, idle, conclusions.resolution))
+    steps32 = conclusions.training["float32_steps_compared"]
+    conclusions.direct(_report(findings, smallest, (len(recorded.losses), steps32), idle, conclusions.resolution))
 
 
 def _report(
-    findings: list[TrainingFinding], smallest: dict[str, float], recorded: Recorded, idle: str | None, limit: float
+    findings: list[TrainingFinding], smallest: dict[str, float], steps: tuple[int, int], idle: str | None, limit: float
 ) -> CheckReport:
     worst = max(findings, key=lambda f: (f.differs, f.ratio))
     low = max(findings, key=lambda f: f.precision)
     resolution = max(smallest.values(), default=None)
     verdict: Verdict = "equivalent"
-    message = f"{len(recorded.losses)} steps in float64; float32 step by step for {recorded.together} of them"
+    message = f"{steps[0]} steps in float64; float32 step by step for {steps[1]} of them"
     if worst.differs:
         verdict = "divergent"
         message = f"{worst.path} is {worst.ratio:.3g} times as far off as rounding explains at step {worst.step + 1}"

@@ -208,14 +208,15 @@ def judge(
     port32: tuple[np.ndarray, Observation],
     port64: tuple[np.ndarray, Observation],
     elements: int,
+    batches: int,
 ) -> list[TrainingFinding]:
     """Hold the port's two runs against the record, every path at every step.
 
     Stage one at each step is 2^-29 of either side's float32 error and the rounding of one sum; stage two is the
     largest distance of the jittered reference. Precision is the median over the steps for which float32 means
-    anything (twins together).
+    anything on both sides: twins of the reference are together and the port is as near to float64 (`compared32`).
     """
-    together = max(1, recorded.together)
+    together = compared32(recorded, port32, batches)
     found = []
     for path in ["loss", *recorded.parameters]:
         ours = recorded.losses if path == "loss" else recorded.parameters[path]
@@ -251,6 +252,16 @@ def judge(
             )
         )
     return found
+
+
+def compared32(recorded: Recorded, port32: tuple[np.ndarray, Observation], batches: int) -> int:
+    """Steps over which float32 is compared: until twins of the reference part, or the port leaves float64 by as much
+    (a run whose rounding is a few times larger meets the first kink earlier), and never less than one epoch."""
+    apart = np.zeros(len(recorded.losses), bool)
+    for path, ours in recorded.parameters.items():
+        apart |= ~(distances(port32[1][path], ours) <= TOGETHER * sizes(ours))
+    parted = int(np.argmax(apart)) if apart.any() else len(apart)
+    return min(max(min(parted, recorded.together), batches), len(apart))
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
@@ -322,7 +333,7 @@ def summary(
     twins = [(loss, accuracy(final, 32)) for loss, final in recorded.twin_ends]
     return {
         "steps": len(recorded.losses),
-        "float32_steps_compared": recorded.together,
+        "float32_steps_compared": compared32(recorded, port32, data.plan.batches),
         "reference": {
             "float64": {"loss": _end_loss(recorded.losses, data), "accuracy": accuracy(_last(recorded.parameters), 64)},
             "float32": {"loss": _end_loss(recorded.losses32, data), "accuracy": accuracy(recorded.final32, 32)},

@@ -100,6 +100,8 @@ class PortReport:
     divergence: Divergence | None = None
     training: dict[str, Any] | None = field(default=None, compare=False)
     """What the `training` check saw beside its verdict: final losses, accuracies and the float32 twins."""
+    power: dict[str, dict[str, float]] | None = field(default=None, compare=False)
+    """check -> leaf -> the smallest relative change of that leaf that the check would have noticed."""
     reproduce: str | None = None
 
     def check(self, name: str) -> CheckReport:
