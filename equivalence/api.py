@@ -47,8 +47,8 @@ def verify(
             random cotangent.
         optimizer: (torch factory, Optax transformation), a torch factory alone (translated, and the report says so), a
             name, or None for Adam. A torch factory is a callable from parameters to an optimizer.
-        train_step: (reference step, port step), the user's own. torch and nnx: `(model, optimizer, *inputs, *targets) ->
-            loss`; linen: `(state, *inputs, *targets) -> (state, loss)`.
+        train_step: (reference step, port step), the user's own. torch and nnx: `(model, optimizer, *inputs, *targets)
+            -> loss`; linen: `(state, *inputs, *targets) -> (state, loss)`.
         weights: a `Mapping`; None infers one from names and layer types.
         port_weights: "copy" moves the reference's weights to the port; "keep" judges those the port holds.
         checks: names of checks; None is all that apply.
@@ -68,7 +68,9 @@ def verify(
     ours, theirs = adapt(reference), adapt(port)
     bound, comparison = compared(ours, theirs, weights, parts, seed)
     if train_step is not None and theirs.own_step is None:
-        raise InputError(f"train_step= is not supported for a port of {theirs.framework}: leave it out, or use nnx or linen")
+        raise InputError(
+            f"train_step= is not supported for a port of {theirs.framework}: leave it out, or use nnx or linen"
+        )
     from hypothesis.strategies import SearchStrategy
 
     given = inputs if isinstance(inputs, SearchStrategy) else as_inputs(inputs)

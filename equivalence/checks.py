@@ -13,8 +13,8 @@ from equivalence.errors import unknown
 from equivalence.verdict import CHECKS
 
 Family = Literal["plain", "loss", "output_gradient", "loss_gradient"]
-"""How a leaf's scale is found: the derivative of a saturated loss is exactly 0 on one side and rounding on the other,
-so the loss, its derivative by the outputs and the gradients under it are also held against the largest of their kind."""
+"""How a leaf's scale is found. The derivative of a saturated loss is exactly 0 on one side and rounding on the other:
+the loss, its derivative by the outputs and the gradients under it are also held against the largest of their kind."""
 
 Run = Literal["once", "observe", "state", "steps", "jit", "training"]
 

@@ -188,15 +188,13 @@ def _listen(
     power: bool,
 ) -> Report:
     """Run the pipeline and show its events; return the report of the last one."""
-    from equivalence.events import Finished
     from equivalence.api import verify_spec
+    from equivalence.events import Finished
     from equivalence.report.terminal import Terminal
 
     event = None
     with Terminal(console) as terminal:
-        for event in verify_spec(
-            spec, ports=ports, checks=checks, optimizer=optimizer, examples=examples, seed=seed
-        ):
+        for event in verify_spec(spec, ports=ports, checks=checks, optimizer=optimizer, examples=examples, seed=seed):
             terminal.handle(event)
     if not isinstance(event, Finished):
         raise RuntimeError("the run ended without a report")

@@ -152,7 +152,9 @@ class Comparison:
         }
         four = Four(runs[32, True], runs[64, True], runs[32, False], runs[64, False])
         mode = "train" if train else "eval"
-        return self._findings(four.measures(example.elements), ("observe", example.index, train), example, ["jit"], mode)
+        return self._findings(
+            four.measures(example.elements), ("observe", example.index, train), example, ["jit"], mode
+        )
 
     # --- state -------------------------------------------------------------------------------------------------
 
@@ -163,7 +165,9 @@ class Comparison:
         weights |= {key: dict(example.port_weights) for key in ("p32", "p64")}
         for number in range(CALLS):
             batch, seed = example.batches[number % len(example.batches)], example.seed + number
-            ours = {b: self.reference.observe(b, weights[f"r{b}"], batch, True, seed, gradients=False) for b in (32, 64)}
+            ours = {
+                b: self.reference.observe(b, weights[f"r{b}"], batch, True, seed, gradients=False) for b in (32, 64)
+            }
             after = {f"r{b}": _buffers(seen.values) for b, seen in ours.items()}
             after |= {f"p{b}": self.port.advance(b, weights[f"p{b}"], batch, ours[64]) for b in (32, 64)}
             for key, buffers in after.items():
@@ -353,4 +357,3 @@ def _stepped(stepper: Any) -> Observation:
         else:
             found |= {f"optimizer.{slot}.{path}": value for path, value in leaves.items()}
     return found
-

@@ -104,7 +104,9 @@ def concluded(conclusions: Conclusions, name: str) -> CheckReport:
     verdict: Verdict = "equivalent"
     message = None
     low = {} if name == "jit" else imprecise(decisions)
-    broken = sorted({d.finding.path for d in decisions if d.finding.measure.nonfinite and d.finding.ordinary}, key=natural)
+    broken = sorted(
+        {d.finding.path for d in decisions if d.finding.measure.nonfinite and d.finding.ordinary}, key=natural
+    )
     if any(d.differs for d in decisions):
         verdict, message = "divergent", _difference(decisions, worst)
     elif low:
@@ -116,7 +118,9 @@ def concluded(conclusions: Conclusions, name: str) -> CheckReport:
         verdict, message = "inconclusive", f"NaN or infinity on both sides in {', '.join(broken[:5])}"
     elif resolution is not None and resolution > conclusions.resolution:
         verdict = "inconclusive"
-        message = f"a change smaller than {resolution:.2g} would not have shown; {conclusions.resolution:.2g} was asked for"
+        message = (
+            f"a change smaller than {resolution:.2g} would not have shown; {conclusions.resolution:.2g} was asked for"
+        )
     return CheckReport(
         name,
         verdict,
@@ -163,17 +167,23 @@ def add_caveats(conclusions: Conclusions) -> None:
             path = max(low, key=lambda p: low[p])
             text = f"on constructed inputs {path} errs {low[path]:.3g} times as much as the reference in float32"
             conclusions.caveat("precision on extreme inputs", text, check=name)
-        rough = [d for d in decisions if d.finding.ordinary and d.finding.measure.rounding > ILL_CONDITIONED * d.scale > 0]
+        rough = [
+            d for d in decisions if d.finding.ordinary and d.finding.measure.rounding > ILL_CONDITIONED * d.scale > 0
+        ]
         if rough and name not in ("step", "optimizer_state"):
             d = max(rough, key=lambda d: d.finding.measure.rounding / d.scale)
             part = d.finding.measure.rounding / d.scale
             text = f"the reference's own float32 is {part:.2g} off its float64 at {d.finding.path}"
             conclusions.caveat("ill-conditioned", text, check=name)
-        flipped = sorted({d.finding.path for d in decisions if d.finding.measure.exact and d.finding.measure.gap and not d.differs})
+        flipped = sorted(
+            {d.finding.path for d in decisions if d.finding.measure.exact and d.finding.measure.gap and not d.differs}
+        )
         if flipped:
             text = f"{', '.join(flipped[:3])} differ where the reference's own rounding flips them"
             conclusions.caveat("noise flips", text, check=name)
-        odd = sorted({d.finding.path for d in decisions if d.finding.measure.nonfinite and not d.finding.ordinary}, key=natural)
+        odd = sorted(
+            {d.finding.path for d in decisions if d.finding.measure.nonfinite and not d.finding.ordinary}, key=natural
+        )
         if odd:
             text = f"NaN or infinity on both sides at constructed inputs in {', '.join(odd[:3])}"
             conclusions.caveat("nonfinite", text, check=name)
@@ -191,7 +201,9 @@ def conclude(conclusions: Conclusions, port: str, reference: Subject, bound: Bou
     add_caveats(conclusions)
     ours, theirs = bound.without_counterpart()
     for leaf in [*(p for p in ours if p in reference.buffers), *theirs]:
-        conclusions.caveat("no counterpart", f"{leaf} exists on one side only and was not compared", parent(leaf) or None)
+        conclusions.caveat(
+            "no counterpart", f"{leaf} exists on one side only and was not compared", parent(leaf) or None
+        )
     checks = tuple(concluded(conclusions, name) for name in conclusions.checks)
     verdicts: list[str] = [check.verdict for check in checks]
     coverage = conclusions.coverage
@@ -232,4 +244,3 @@ def _located(check: CheckReport, reference: Subject, bound: Bound) -> Divergence
     leaf = max(owned, key=len)
     targets = bound.targets_of(leaf)
     return Divergence(check.name, parent(leaf) or None, parent(targets[0]) or None if targets else None)
-

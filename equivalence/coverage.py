@@ -55,7 +55,8 @@ def coverage(covered: Covered, comparison: Comparison, example: Example) -> Cove
     """Sort the silent leaves: inert if a sibling of its module moved something and moving the leaf itself by O(1)
     changes neither side's outputs; uncovered otherwise."""
     silent = covered.silent()
-    inert, uncovered = [], []
+    inert: list[str] = []
+    uncovered: list[str] = []
     for leaf in silent:
         siblings = [p for p, mask in covered.masks.items() if parent(p) == parent(leaf) and mask.any()]
         (inert if siblings and _moves_nothing(comparison, example, leaf) else uncovered).append(leaf)

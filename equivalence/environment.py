@@ -14,6 +14,8 @@ def environment(seed: int) -> dict[str, Any]:
     import jax
     import torch
 
+    config: Any = jax.config
+
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "machine": platform.machine(),
@@ -24,8 +26,8 @@ def environment(seed: int) -> dict[str, Any]:
             "torch.cuda.matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
             "torch.cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
             "torch.autocast": torch.is_autocast_enabled("cpu"),
-            "jax.default_matmul_precision": jax.config.jax_default_matmul_precision,
-            "jax.enable_x64": bool(jax.config.jax_enable_x64),
+            "jax.default_matmul_precision": config.jax_default_matmul_precision,
+            "jax.enable_x64": bool(config.jax_enable_x64),
             "while_checking": "highest",
         },
         "seed": seed,

@@ -101,7 +101,12 @@ class Judge:
             limit = max(first, seen[finding.where].get(finding.path, 0.0)) if second else first
             decisions.append(
                 Decision(
-                    finding, limit, scale, second and differs(finding.measure, limit), self._precision(finding, scale), second
+                    finding,
+                    limit,
+                    scale,
+                    second and differs(finding.measure, limit),
+                    self._precision(finding, scale),
+                    second,
                 )
             )
         return decisions
@@ -139,5 +144,7 @@ def _median(values: Sequence[float]) -> float:
 
 def typical_precision(decisions: Iterable[Decision], path: str) -> float | None:
     """The median precision of one path over ordinary examples."""
-    values = [d.precision for d in decisions if d.finding.path == path and d.finding.ordinary and not d.finding.measure.exact]
+    values = [
+        d.precision for d in decisions if d.finding.path == path and d.finding.ordinary and not d.finding.measure.exact
+    ]
     return _median(values) if values else None

@@ -82,6 +82,7 @@ def load(path: Path) -> tuple[Observation, dict[str, Any]]:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(metadata["provenance"])
+            names = file.keys()  # a handle, not a mapping: it cannot be iterated itself
+            return {key: file.get_tensor(key) for key in names}, json.loads(metadata["provenance"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(f"{path} is not a recorded observation: {type(error).__name__}: {error}") from None

@@ -21,10 +21,10 @@ from equivalence.conclusion import Conclusions, conclude
 from equivalence.errors import DrawsDiffer, InputError, UnsupportedDraw
 from equivalence.events import CheckFinished, Event, Finished, PortFinished, PortStarted, Progress, Started
 from equivalence.frameworks.subject import Subject
-from equivalence.judgement import Decision, Judge
+from equivalence.judgement import Decision, Judge, Noise
 from equivalence.spec import TrainingData
 from equivalence.structural import roundtrip, structure
-from equivalence.verdict import CheckReport, PortReport, Report
+from equivalence.verdict import CheckReport, Report
 from equivalence.weights import Bound
 
 
@@ -48,10 +48,21 @@ class Structure:
 class Source(Protocol):
     """Where structures and examples come from: a spec, or the user's own pair."""
 
-    target: str
-    reference: str
-    ports: tuple[str, ...]
-    reproduce: str
+    @property
+    def target(self) -> str:
+        """What is judged."""
+
+    @property
+    def reference(self) -> str:
+        """The reference's framework."""
+
+    @property
+    def ports(self) -> tuple[str, ...]:
+        """The ports' frameworks."""
+
+    @property
+    def reproduce(self) -> str:
+        """The command that repeats a port's run, with `{port}` left open."""
 
     def structures(self, port: str) -> Iterator[Structure]:
         """The structures of one port, the user's own or the default configuration first."""
@@ -134,9 +145,7 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
             work.done += 1
             yield Progress(port, "examples", work.done, total)
         examples = {example.index: example for example in structure_.examples}
-        decisions = judge.decide(
-            lambda where, paths, s=structure_, e=examples: s.comparison.noise(e[where[1]], where, paths)
-        )
+        decisions = judge.decide(_noise(structure_.comparison, examples))
         decisions = [d for d in decisions if not _at_a_tie(work, structure_, examples, d)]
         work.conclusions.take(decisions)
         work.conclusions.unmatched |= structure_.comparison.unmatched_slots
@@ -159,6 +168,10 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
     yield PortFinished(port, report)
 
 
+def _noise(comparison: Comparison, examples: dict[int, Example]) -> Noise:
+    return lambda where, paths: comparison.noise(examples[where[1]], where, paths)
+
+
 def _standing(work: _Work, structure_: Structure) -> bool:
     """The checks that need no run; whether the outputs can be compared at all."""
     example = structure_.examples[0]
@@ -176,7 +189,9 @@ def _standing(work: _Work, structure_: Structure) -> bool:
     if "roundtrip" in work.plan.checks:
         work.conclusions.direct(roundtrip(structure_.reference, structure_.port, structure_.bound, structure_.keep))
     if not fits:
-        work.conclusions.stop([n for n in work.plan.checks if REGISTRY[n].run != "once"], "the outputs have other shapes")
+        work.conclusions.stop(
+            [n for n in work.plan.checks if REGISTRY[n].run != "once"], "the outputs have other shapes"
+        )
     return fits
 
 
@@ -272,7 +287,9 @@ def _still_differs(structure_: Structure, example: Example, check: str, where: t
 
 def _differs(structure_: Structure, plan: Plan, conclusions: Conclusions) -> bool:
     """Whether the first example of a structure shows a divergence of one of the checks that diverged."""
-    work = _Work("", plan, Conclusions(tuple(n for n in plan.checks if n in conclusions.diverged), plan.resolution, False))
+    work = _Work(
+        "", plan, Conclusions(tuple(n for n in plan.checks if n in conclusions.diverged), plan.resolution, False)
+    )
     if not work.conclusions.checks:
         return False
     judge = Judge()
@@ -297,7 +314,15 @@ def _plant(work: _Work, structure_: Structure, decisions: Sequence[Decision]) ->
             mode = "train" if train else "eval"
             got = comparison.port.observe(64, weights, example.batches[0], train, example.seed, ours[train]).values
             got = {f"{mode}.{path}": value for path, value in got.items()}
-            _note(work, base, decisions, (kind, example.index, train), got, leaf, [*work.wants("observe"), *work.wants("jit")])
+            _note(
+                work,
+                base,
+                decisions,
+                (kind, example.index, train),
+                got,
+                leaf,
+                [*work.wants("observe"), *work.wants("jit")],
+            )
         if work.wants("state") and structure_.reference.buffers and comparison.port.buffer_paths:
             got = comparison.port_states(example, weights)
             _note(work, base, decisions, ("state", example.index), got, leaf, ["state"])
@@ -347,4 +372,3 @@ def _train(work: _Work, source: Source, structure_: Structure) -> Iterator[Event
     except (DrawsDiffer, UnsupportedDraw) as error:
         verdict = "divergent" if isinstance(error, DrawsDiffer) else "inconclusive"
         work.conclusions.direct(CheckReport("training", verdict, examples=1, worst="draws", message=str(error)))  # type: ignore[arg-type]
-

@@ -190,8 +190,8 @@ def _cases(config: pytest.Config, targets: Sequence[str]) -> list[ModelCheck]:
 
 def _judge(run: Run) -> PortReport:
     """One run of the pipeline, for one port."""
-    from equivalence.events import Finished
     from equivalence.api import verify_spec
+    from equivalence.events import Finished
     from equivalence.spec import load
 
     target, port, checks, examples, seed = run

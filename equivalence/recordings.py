@@ -61,7 +61,7 @@ def key(
         TWINS,
         torch.__version__,
         torch.__config__.show(),
-        torch.get_num_threads(),
+        runner.threads or torch.get_num_threads(),
         [runtime, torch_training, training, randomness],
         dict(weights),
         [data.inputs, data.targets, data.plan.order, data.plan.batch_size, data.rows_are_batches],
@@ -118,7 +118,7 @@ def _pieces(thing: Any, depth: int) -> Iterator[bytes]:
         yield from _pieces([thing.__func__, thing.__self__], depth + 1)
     elif inspect.isbuiltin(thing):
         yield f"{thing.__module__}.{thing.__qualname__}".encode()
-    elif dataclasses.is_dataclass(thing):
+    elif dataclasses.is_dataclass(thing) and not isinstance(thing, type):
         yield from _pieces(vars(thing) if hasattr(thing, "__dict__") else dataclasses.asdict(thing), depth + 1)
         yield _source(type(thing).__module__)
     elif type(thing).__module__.startswith("torch") and hasattr(thing, "detach"):

@@ -42,7 +42,9 @@ class Parts:
     select: Callable[[Any], Any] = lambda outputs: outputs
 
 
-def compared(reference: Subject, port: Subject, mapping: Mapping | None, parts: Parts, seed: int) -> tuple[Any, Comparison]:
+def compared(
+    reference: Subject, port: Subject, mapping: Mapping | None, parts: Parts, seed: int
+) -> tuple[Any, Comparison]:
     """`(bound, comparison)` of two subjects. Raises MappingError where the mapping does not fit."""
     from equivalence.runtimes import jax as on_jax
     from equivalence.runtimes import torch as on_torch
@@ -81,12 +83,17 @@ class SpecSource:
 
     @property
     def target(self) -> str:
+        """The spec's name."""
         return self.spec.name
 
-    reference = REFERENCE
+    @property
+    def reference(self) -> str:
+        """torch."""
+        return REFERENCE
 
     @property
     def reproduce(self) -> str:
+        """The command line that repeats a port's run."""
         return f"equivalence verify {self.spec.origin or self.spec.name} --port {{port}} --seed {self.seed}"
 
     def count(self, port: str) -> int:
@@ -236,7 +243,9 @@ class PairSource:
         """The one structure."""
         drawn = self._drawn(self.examples, self.seed)
         ours = self.made.reference
-        own = Example(0, "ordinary", True, _own(ours), self._batches(drawn[0], "ordinary", self.seed), self.seed, "yours")
+        own = Example(
+            0, "ordinary", True, _own(ours), self._batches(drawn[0], "ordinary", self.seed), self.seed, "yours"
+        )
         if self.made.keep:
             back = self.made.bound.backward({**self.made.port.params, **self.made.port.buffers})
             own = dataclasses.replace(own, kept={**own.weights, **_floats(back)})
@@ -292,7 +301,10 @@ class PairSource:
 
 
 def _floats(leaves: Observation) -> Observation:
-    return {p: np.asarray(v).astype(np.float32) if np.asarray(v).dtype.kind in "fV" else np.asarray(v) for p, v in leaves.items()}
+    return {
+        p: np.asarray(v).astype(np.float32) if np.asarray(v).dtype.kind in "fV" else np.asarray(v)
+        for p, v in leaves.items()
+    }
 
 
 def as_inputs(inputs: Any) -> Any:
@@ -304,7 +316,9 @@ def as_inputs(inputs: Any) -> Any:
         made = tuple(_array(value) for value in inputs)
         values = made
     else:
-        raise InputError(f"inputs= takes a tuple or a dict of arrays, or a strategy of them, not {type(inputs).__name__}")
+        raise InputError(
+            f"inputs= takes a tuple or a dict of arrays, or a strategy of them, not {type(inputs).__name__}"
+        )
     for number, value in enumerate(values):
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise InputError(f"input {number} holds NaN or infinity")

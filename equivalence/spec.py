@@ -180,7 +180,8 @@ def _load_file(path: Path) -> ModuleType:
         raise InputError(f"no such file: {path}")
     name = f"_equivalence_spec_{path.stem}"
     found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None
+    if found is None or found.loader is None:
+        raise InputError(f"{path} cannot be loaded as a spec")
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module
     try:

@@ -60,12 +60,16 @@ def _ties(reference: Subject, port: Subject, bound: Bound) -> list[tuple[str, st
     for alias, kept in reference.aliases.items():
         ends = {port.aliases.get(t, t) for path in (alias, kept) for t in bound.targets_of(path)}
         if len(ends) > 1:
-            found.append((alias, f"{alias} and {kept} are one leaf in the reference, {', '.join(sorted(ends))} in the port"))
+            found.append(
+                (alias, f"{alias} and {kept} are one leaf in the reference, {', '.join(sorted(ends))} in the port")
+            )
     back = bound.inverse()
     for alias, kept in port.aliases.items():
         ends = {reference.aliases.get(s, s) for path in (alias, kept) for s in back.targets_of(path)}
         if len(ends) > 1:
-            found.append((sorted(ends)[0], f"{', '.join(sorted(ends))} are two leaves in the reference, one in the port"))
+            found.append(
+                (sorted(ends)[0], f"{', '.join(sorted(ends))} are two leaves in the reference, one in the port")
+            )
     return found
 
 
@@ -78,7 +82,9 @@ def _outputs(
         if path in theirs and ours[path][0] != theirs[path][0]:
             found.append((path, f"{path} has shape {ours[path][0]} in the reference, {theirs[path][0]} in the port"))
         elif path in theirs and (ours[path][1] == "f") != (theirs[path][1] in "fV"):
-            found.append((path, f"{path} is of kind {ours[path][1]!r} in the reference, {theirs[path][1]!r} in the port"))
+            found.append(
+                (path, f"{path} is of kind {ours[path][1]!r} in the reference, {theirs[path][1]!r} in the port")
+            )
     return found
 
 

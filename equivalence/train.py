@@ -14,6 +14,7 @@ from equivalence.errors import InputError
 from equivalence.frameworks import adapt
 from equivalence.frameworks.subject import Flat, Subject
 from equivalence.loops import Loop, Task, loops
+from equivalence.sources import SpecSource
 from equivalence.spec import REFERENCE, Spec, TrainingData
 from equivalence.weights import Mapping
 
@@ -62,8 +63,10 @@ class Trained:
 def train(spec: Spec, *, epochs: int | None = None, seed: int = 0) -> Iterator[Trained | TrainProgress]:
     """Train every implementation of `spec` in every way there is a loop for, the reference first.
 
-    All start from the weights of the reference built from `seed`, and take the batches of one plan; each draws its
-    own dropout. `epochs` defaults to the plan's. Yields progress after every epoch, then the run it belongs to.
+    All start from the weights of the reference built from `seed`, and take the batches of one plan. Loops draw their
+    own dropout as they go; the whole-training program of a JAX framework, which the check `training` judges, is handed
+    the tape's. `epochs` defaults to the plan's. Yields progress (after every epoch of a loop, at both ends of a
+    program), then the run it belongs to.
     Raises InputError for a spec without training data and for `epochs` that the plan cannot serve.
     """
     data = _data(spec, epochs, seed)
@@ -71,6 +74,8 @@ def train(spec: Spec, *, epochs: int | None = None, seed: int = 0) -> Iterator[T
     for framework in spec.implementations:
         for loop in loops(framework, _task(spec, framework, reference, data, seed)):
             yield from _run(loop, framework, data)
+        if framework != REFERENCE:
+            yield from _whole(spec, framework, data, seed)
 
 
 def _data(spec: Spec, epochs: int | None, seed: int) -> TrainingData:
@@ -138,4 +143,37 @@ def _run(loop: Loop, framework: str, data: TrainingData) -> Iterator[Trained | T
         seconds=seconds * planned / epochs,
         compile_seconds=compile_seconds,
         extrapolated=epochs < planned,
+    )
+
+
+def _whole(spec: Spec, framework: str, data: TrainingData, seed: int) -> Iterator[Trained | TrainProgress]:
+    """All steps in one program, timed at its second run: what the first takes longer is compiling."""
+    from equivalence.runtimes.jax_training import WholeTraining
+
+    name, epochs = f"{framework}, whole training", data.plan.epochs
+    yield TrainProgress(name, 0, epochs)
+    structure = next(SpecSource(spec, (framework,), examples=1, seed=seed).structures(framework))
+    comparison, weights = structure.comparison, structure.examples[0].weights
+    program = WholeTraining(comparison.stepping_port, comparison.optimizer, 32, data)
+    run = program.prepare(weights, program.draws(weights), seed)
+    seconds = []
+    for _ in range(2):
+        before = time.perf_counter()
+        steps, _, carry = run()
+        seconds.append(time.perf_counter() - before)
+    losses = steps.reshape(epochs, -1).mean(axis=1, dtype=np.float64)
+    accuracy = None
+    if data.accuracy is not None:
+        accuracy = data.accuracy(program.outputs(carry, data.held_out_inputs), *data.held_out_targets)
+    yield TrainProgress(name, epochs, epochs, float(losses[-1]))
+    yield Trained(
+        name=name,
+        framework=framework,
+        epochs=epochs,
+        planned=epochs,
+        losses=losses,
+        accuracy=accuracy,
+        seconds=seconds[1],
+        compile_seconds=max(0.0, seconds[0] - seconds[1]),
+        extrapolated=False,
     )

@@ -48,7 +48,9 @@ def train(
         leaves = [p for p in recorded.parameters if p not in runner.subject.frozen and recorded.parameters[p][0].size]
         for leaf in leaves:
             losses[leaf], parameters[leaf] = programs[64].run(planted(example, leaf), recorded.draws, seed)
-    conclusions.noticed["training"] = smallest = noticed(recorded, parameters, losses, runs[64][1], runs[64][0], example.elements)
+    conclusions.noticed["training"] = smallest = noticed(
+        recorded, parameters, losses, runs[64][1], runs[64][0], example.elements
+    )
     conclusions.training = summary(recorded, runner, runs[32], runs[64], data)
     idle = moved(recorded, example.weights, data, runner.subject.frozen)
     steps32 = conclusions.training["float32_steps_compared"]

@@ -109,7 +109,9 @@ def _first_rows(data: TrainingData) -> Batch:
     return Batch(*data.rows(data.plan.batch(0)))
 
 
-def gradient_rounding(runner: TorchRunner, weights: Observation, data: TrainingData, seed: int) -> Callable[[str, float], float]:
+def gradient_rounding(
+    runner: TorchRunner, weights: Observation, data: TrainingData, seed: int
+) -> Callable[[str, float], float]:
     """`noise(leaf, rms of its gradient)`: what rounding may do to that leaf's gradient in one step.
 
     Measured on the first batch as a multiple of the unit of rounding at the gradient's scale, which is at least
@@ -287,8 +289,12 @@ def moved(recorded: Recorded, weights: Observation, data: TrainingData, frozen: 
 
 
 def noticed(
-    recorded: Recorded, planted: Mapping[str, Observation], losses: Mapping[str, np.ndarray], base: Observation,
-    base_losses: np.ndarray, elements: int,
+    recorded: Recorded,
+    planted: Mapping[str, Observation],
+    losses: Mapping[str, np.ndarray],
+    base: Observation,
+    base_losses: np.ndarray,
+    elements: int,
 ) -> dict[str, float]:
     """The smallest relative change of each planted leaf that the check would have noticed, scaled linearly from
     `PLANT` at the step where it shows best."""
@@ -300,7 +306,11 @@ def noticed(
             ours = recorded.losses if path == "loss" else recorded.parameters[path]
             scale = np.full(len(ours), rms(ours)) if path == "loss" else sizes(ours)
             limit = np.max(
-                [SHRINK * _finite(recorded.rounding[path]), recorded.jittered[path], U64 * scale * accumulation(elements)],
+                [
+                    SHRINK * _finite(recorded.rounding[path]),
+                    recorded.jittered[path],
+                    U64 * scale * accumulation(elements),
+                ],
                 axis=0,
             )
             best = max(best, float(np.max(response / (DIFFERS * np.fmax(limit, 1e-300)))))

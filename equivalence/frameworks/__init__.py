@@ -46,6 +46,7 @@ def adapt(model: Any) -> Subject:
             made: Subject = adapter.subject(model)
             return made
     raise InputError(
-        f"{type(model).__module__}.{type(model).__qualname__} is not a model this project knows: hand in a torch.nn.Module,"
-        " an nnx.Module, an equinox.Module, equivalence.linen(module, variables) or equivalence.function(apply, params)"
+        f"{type(model).__module__}.{type(model).__qualname__} is not a model this project knows: hand in a"
+        " torch.nn.Module, an nnx.Module, an equinox.Module, equivalence.linen(module, variables) or"
+        " equivalence.function(apply, params)"
     )

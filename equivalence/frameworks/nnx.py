@@ -24,7 +24,7 @@ def subject(model: nnx.Module) -> Subject:
     for train in (False, True):
         copy = nnx.clone(model)
         (copy.train if train else copy.eval)()
-        graph, params, randoms, rest = nnx.split(copy, nnx.Param, nnx.RngState, ...)
+        graph, params, randoms, rest = _split(copy)
         graphs[train] = (graph, randoms)
     paths_params = {join(path): path for path, _ in nnx.to_flat_state(params)}
     paths_rest = {join(path): path for path, _ in nnx.to_flat_state(rest)}
@@ -38,8 +38,8 @@ def subject(model: nnx.Module) -> Subject:
 
     def apply(flat: Flat, buffers: Flat, args: Any, kwargs: Any, train: bool) -> tuple[Any, Flat]:
         module = merge(flat, buffers, train)
-        outputs = module(*args, **kwargs)  # type: ignore[operator]
-        return outputs, _flat(nnx.split(module, nnx.Param, nnx.RngState, ...)[3])
+        outputs = module(*args, **kwargs)
+        return outputs, _flat(_split(module)[3])
 
     return Subject(
         framework="nnx",
@@ -54,6 +54,11 @@ def subject(model: nnx.Module) -> Subject:
         flat=_flat,
         own_step=_own_step(merge),
     )
+
+
+def _split(module: nnx.Module) -> Any:
+    """`(graph, params, random state, everything else)`."""
+    return nnx.split(module, nnx.Param, nnx.RngState, ...)
 
 
 def _flat(state: Any) -> Flat:
@@ -124,7 +129,7 @@ def _own_step(merge: Callable[..., nnx.Module]) -> OwnStep:
         return _Carry(*split(model, optimizer)), loss
 
     def model_of(carry: Any) -> Any:
-        return nnx.split(nnx.merge(carry.graph, carry.state, copy=True)[0], nnx.Param, nnx.RngState, ...)
+        return _split(nnx.merge(carry.graph, carry.state, copy=True)[0])
 
     return OwnStep(
         init=init,

@@ -29,12 +29,12 @@ def subject(model: torch.nn.Module) -> Subject:
         first[id(tensor)] = path
         params[path] = to_numpy(tensor)
     buffers: Flat = {}
-    for path, tensor in model.named_buffers(remove_duplicate=False):
-        if id(tensor) in first:
-            aliases[path] = first[id(tensor)]
+    for path, held in model.named_buffers(remove_duplicate=False):
+        if id(held) in first:
+            aliases[path] = first[id(held)]
             continue
-        first[id(tensor)] = path
-        buffers[path] = to_numpy(tensor)
+        first[id(held)] = path
+        buffers[path] = to_numpy(held)
     layers = {}
     for path in (*params, *buffers, *aliases):
         owner = path.rpartition(".")[0]

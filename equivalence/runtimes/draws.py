@@ -32,6 +32,9 @@ SAMPLERS = {
 RAW_BITS = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 """Primitives that make random bits; outside a known sampler no reference can be asked for the same."""
 
+FOLDED = ("convert_element_type", "broadcast_in_dim", "sub", "add", "mul", "div")
+"""Operations through which a constant probability is followed."""
+
 TRANSPARENT = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 """Calls that may be opened without changing a derivative; a custom rule around a draw may not."""
 
@@ -78,9 +81,9 @@ def find(closed: Any, known: Sequence[Any] | None = None) -> list[Draw]:
     values: dict[Any, Any] = {}
     for var, const in zip(jaxpr.constvars, closed.consts, strict=True):
         values[var] = const
-    for var, value in zip(jaxpr.invars, known or [None] * len(jaxpr.invars), strict=True):
-        if value is not None:
-            values[var] = value
+    for var, given in zip(jaxpr.invars, known or [None] * len(jaxpr.invars), strict=True):
+        if given is not None:
+            values[var] = given
 
     def value(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else values.get(atom)
@@ -95,10 +98,8 @@ def find(closed: Any, known: Sequence[Any] | None = None) -> list[Draw]:
             raise UnsupportedDraw(f"the port draws random bits by {eqn.primitive.name}, outside jax.random's samplers")
         elif _draws_inside(eqn):
             draws += _nested(eqn, inputs)
-        elif eqn.primitive.name in ("convert_element_type", "broadcast_in_dim", "sub", "add", "mul", "div"):
-            if all(item is not None and np.size(item) <= 16 for item in inputs):
-                result = eqn.primitive.bind(*inputs, **eqn.params)
-                values[eqn.outvars[0]] = np.asarray(result)
+        elif eqn.primitive.name in FOLDED and all(item is not None and np.size(item) <= 16 for item in inputs):
+            values[eqn.outvars[0]] = np.asarray(eqn.primitive.bind(*inputs, **eqn.params))
     return draws
 
 

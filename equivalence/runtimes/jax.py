@@ -46,7 +46,7 @@ def host(tree: Any) -> Any:
     def one(value: Any) -> np.ndarray:
         plain = np.asarray(value)
         return (
-            plain.astype(np.float32) if plain.dtype.kind == "V" or plain.dtype.itemsize < 4 and _low(plain) else plain
+            plain.astype(np.float32) if plain.dtype.kind == "V" or (plain.dtype.itemsize < 4 and _low(plain)) else plain
         )
 
     return jax.tree_util.tree_map(one, tree)
@@ -296,6 +296,12 @@ class StepProgram:
         """The parameters in a carry, in the reference's terms."""
         flat = self._own.params(carry) if self._own is not None else carry["params"]
         return self.runner.back(flat)
+
+    def outputs(self, carry: Any, inputs: Any) -> Any:
+        """What the model in a carry returns in eval mode."""
+        held = carry if self._own is None else {"params": self._own.params(carry), "buffers": self._own.buffers(carry)}
+        outputs, _ = self.runner.subject.apply(held["params"], held["buffers"], *call(inputs), False)
+        return self.runner.select(outputs)
 
     def gradients(self, carry: Any) -> Flat:
         """The gradients that the optimizer received last, in the reference's terms."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from equivalence.frameworks.subject import Flat
 from equivalence.observation import Observation
 from equivalence.optimizers import OptimizerPair
 from equivalence.randomness import Draw, Tape, assert_same_draws
-from equivalence.runtimes.jax import JaxRunner, array, environment
+from equivalence.runtimes.jax import JaxRunner, array, environment, host
 from equivalence.spec import TrainingData
 
 MEMORY = 512 * 2**20
@@ -76,11 +77,15 @@ class WholeTraining:
 
         return jax.lax.scan(epoch, carry, (order, served))
 
-    def serve(self, draws: dict[int, tuple[Draw, ...]], seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def serve(self, draws: Mapping[int, Sequence[Draw]], seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """The tape's arrays for every step: those of full batches (epochs, batches, ...), and of short ones."""
         epochs, size = self.plan.epochs, self.plan.batch_size
-        full = [np.zeros((epochs, self.full, *d.shape), _dtype(d)) for d in draws.get(size, ())] if self.full else []
-        short = [np.zeros((epochs, *d.shape), _dtype(d)) for d in draws.get(self.short, ())] if self.short else []
+        full: list[np.ndarray] = (
+            [np.zeros((epochs, self.full, *d.shape), _dtype(d)) for d in draws.get(size, ())] if self.full else []
+        )
+        short: list[np.ndarray] = (
+            [np.zeros((epochs, *d.shape), _dtype(d)) for d in draws.get(self.short, ())] if self.short else []
+        )
         for step in range(self.plan.steps):
             epoch, number = divmod(step, self.plan.batches)
             whole = number < self.full
@@ -99,22 +104,46 @@ class WholeTraining:
 
         Raises DrawsDiffer where a step asks for other draws than the reference's.
         """
+        losses, recorded, _ = self.prepare(weights, reference_draws, seed)()
+        return losses, recorded
+
+    def prepare(
+        self, weights: Observation, reference_draws: Mapping[int, Sequence[Draw]], seed: int
+    ) -> Callable[[], tuple[np.ndarray, Observation, Any]]:
+        """The run with everything it reads on the device, to be called: losses, parameters, and the carry at its end.
+
+        Raises DrawsDiffer where a step asks for other draws than the reference's.
+        """
         for length, asked in self.draws(weights).items():
             assert_same_draws(reference_draws.get(length, ()), asked, f"training step of {length} rows")
         served = self.serve(reference_draws, seed)
-        losses, recorded = [], []
+        parts = [slice(first, first + self.chunk) for first in range(0, self.plan.epochs, self.chunk)]
         with environment(self.bits):
-            carry = self._start(self.runner._given(weights, self.bits))
+            start = self.runner._given(weights, self.bits)
             inputs = tuple(array(value, self.bits) for value in self.data.inputs)
             targets = tuple(array(value, self.bits) for value in self.data.targets)
-            for first in range(0, self.plan.epochs, self.chunk):
-                part = slice(first, first + self.chunk)
-                given = jax.tree_util.tree_map(lambda value, part=part: jnp.asarray(value[part]), served)
-                order = jnp.asarray(self.plan.order[part])
-                carry, (loss, params) = self._compiled(carry, order, given, inputs, targets)
-                losses.append(np.asarray(loss).reshape(-1))
-                recorded.append({p: np.asarray(v).reshape(-1, *v.shape[2:]) for p, v in params.items()})
-        return np.concatenate(losses), _joined(recorded)
+            orders = [jnp.asarray(self.plan.order[part]) for part in parts]
+            given = [
+                jax.tree_util.tree_map(lambda value, part=part: jnp.asarray(value[part]), served) for part in parts
+            ]
+
+        def run() -> tuple[np.ndarray, Observation, Any]:
+            losses, recorded = [], []
+            with environment(self.bits):
+                carry = self._start(start)
+                for order, draws in zip(orders, given, strict=True):
+                    carry, (loss, params) = self._compiled(carry, order, draws, inputs, targets)
+                    losses.append(np.asarray(loss).reshape(-1))
+                    recorded.append({p: np.asarray(v).reshape(-1, *v.shape[2:]) for p, v in params.items()})
+            return np.concatenate(losses), _joined(recorded), carry
+
+        return run
+
+    def outputs(self, carry: Any, inputs: tuple[np.ndarray, ...]) -> Any:
+        """What the model in a carry returns in eval mode, a tree of NumPy arrays."""
+        with environment(self.bits):
+            given = self.data.named(tuple(array(value, self.bits) for value in inputs))
+            return host(self.program.outputs(carry, given))
 
 
 def _joined(parts: list[Flat]) -> Observation:

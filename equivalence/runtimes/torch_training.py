@@ -49,7 +49,9 @@ def train(
     inputs = tuple(tensor(array, bits) for array in data.inputs)
     targets = tuple(tensor(array, bits) for array in data.targets)
     losses = np.zeros(plan.steps)
-    recorded = {p: np.zeros((plan.steps, *v.shape), np.float32 if bits == 32 else np.float64) for p, v in stepper.params.items()}
+    recorded = {
+        p: np.zeros((plan.steps, *v.shape), np.float32 if bits == 32 else np.float64) for p, v in stepper.params.items()
+    }
     live = {path: value.detach() for path, value in stepper.params.items()}
     draws: dict[int, tuple[Draw, ...]] = {}
     if noise is not None:
@@ -64,12 +66,14 @@ def train(
             return found
 
         stepper.jitter = jitter  # type: ignore[assignment]
-    with environment(bits):
+    with environment(bits, runner.threads):
         for step in range(plan.steps):
             rows = plan.batch(step)
             pick = rows[0] if data.rows_are_batches else rows
             taped = None if draws.get(len(rows)) == () else seed + step
-            seen = stepper.step_tensors(data.named(tuple(a[pick] for a in inputs)), tuple(a[pick] for a in targets), taped)
+            seen = stepper.step_tensors(
+                data.named(tuple(a[pick] for a in inputs)), tuple(a[pick] for a in targets), taped
+            )
             draws.setdefault(len(rows), seen.draws)
             if seen.draws != draws[len(rows)]:
                 from equivalence.randomness import assert_same_draws

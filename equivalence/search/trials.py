@@ -33,7 +33,7 @@ class Trial:
 
 
 def trials(configs: Any) -> st.SearchStrategy[Trial]:
-    """A strategy of trials over `configs`, itself a strategy. Half of the inputs are ordinary, a third of the weights unscaled."""
+    """A strategy of trials over `configs`, itself a strategy; half of the inputs and of the scales are plain."""
     kinds = st.one_of(st.just("ordinary"), st.sampled_from(KINDS))
     scales = st.one_of(st.just(1.0), st.sampled_from(SCALES))
     return st.builds(Trial, configs, kinds, scales, st.integers(0, 2**31 - 1))
