@@ -168,6 +168,10 @@ def verify(
         from equivalence.optimizers import PAIRS
 
         _known("optimizer", (optimizer,), [*PAIRS, "all"])
+    from equivalence.recordings import folder
+    from equivalence.runtimes.jax import keep_programs
+
+    keep_programs(folder() / "jax")
     console = _console(stderr=json_place == "-")
     report = _listen(spec, console, ports, checks, optimizer, examples, seed, power)
     if json_place is not None:

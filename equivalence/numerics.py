@@ -46,8 +46,10 @@ def distance(a: np.ndarray, b: np.ndarray | None) -> float:
     if a.size == 0:
         return 0.0
     total = _sum_of_squares(a, b)
-    if math.isfinite(total) and (total > 1e-280 or total == 0.0):
+    if math.isfinite(total) and total > 1e-280:
         return math.sqrt(total / a.size)
+    if total == 0.0 and (np.array_equal(a, b) if b is not None else not a.any()):
+        return 0.0
     return _careful_distance(a, b)
 
 

@@ -22,6 +22,7 @@ from equivalence.errors import DrawsDiffer, InputError, UnsupportedDraw
 from equivalence.events import CheckFinished, Event, Finished, PortFinished, PortStarted, Progress, Started
 from equivalence.frameworks.subject import Subject
 from equivalence.judgement import Decision, Judge, Noise
+from equivalence.numerics import DIFFERS, IMPRECISE, SHRINK, U32, U64, accumulation, distance
 from equivalence.spec import TrainingData
 from equivalence.structural import roundtrip, structure
 from equivalence.verdict import CheckReport, Report
@@ -120,6 +121,8 @@ class _Work:
     covered: seen.Covered = field(default_factory=seen.Covered)
     done: int = 0
     ties: dict[Any, bool] = field(default_factory=dict)
+    blind: set[bool] = field(default_factory=set)
+    tied: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     limits: dict[Any, dict[str, float]] = field(default_factory=dict)
 
     def wants(self, run: str) -> list[str]:
@@ -151,6 +154,7 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
         work.conclusions.unmatched |= structure_.comparison.unmatched_slots
         if structure_ is first:
             decided = decisions
+            _dtype_dependence(work, structure_, examples, decisions)
     assert first is not None
     if decided and not work.conclusions.diverged:
         yield from _plant(work, first, decided)
@@ -160,6 +164,11 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
         yield from _train(work, source, first)
     if work.conclusions.diverged and plan.shrink and total > 1:
         work.conclusions.smallest = source.smaller(port, lambda s: _differs(s, plan, work.conclusions))
+    for name, found in work.tied.items():
+        kind, path = found[0]
+        more = f" (and {len(found) - 1} more paths)" if len(found) > 1 else ""
+        text = f"{path}{more} differs at {kind} inputs and agrees beside them: a tie, a kink or a cancellation there"
+        work.conclusions.caveat("tie", text, check=name)
     for note in source.notes(port):
         work.conclusions.caveat("translated", note)
     report = conclude(work.conclusions, port, first.reference, first.bound, source.reproduce.format(port=port))
@@ -211,6 +220,7 @@ def _observe(work: _Work, structure_: Structure, example: Example, judge: Judge)
         except (DrawsDiffer, UnsupportedDraw) as error:
             name = observing[0] if observing else work.wants("steps")[0]
             _other_draws(work, name, error, train)
+            work.blind.add(train)
             continue
         judge.add(findings)
         work.covered.add(four.reference64, {finding.measure.path: finding.measure for finding in findings})
@@ -235,6 +245,37 @@ def _other_draws(work: _Work, name: str, error: DrawsDiffer | UnsupportedDraw, t
     work.conclusions.stop([n for n in blind if n != name], str(error))
 
 
+def _dtype_dependence(
+    work: _Work, structure_: Structure, examples: dict[int, Example], decisions: Sequence[Decision]
+) -> None:
+    """Whether the reference is another function in float32 than in float64, far beyond what its noise explains. Then
+    float64 says nothing of float32: that is named, and the two sides are compared in float32 directly."""
+    comparison = structure_.comparison
+    for decision in decisions:
+        finding = decision.finding
+        m, where = finding.measure, finding.where
+        floor = IMPRECISE * U32 * decision.scale * accumulation(m.elements)
+        if finding.check != "outputs" or not finding.ordinary or not m.rounding > floor > 0:
+            continue
+        example = examples[where[1]]
+        noise = comparison.noise(example, where, [finding.path])[finding.path]
+        explained = max(U64 * decision.scale * accumulation(m.elements), noise) / SHRINK
+        if m.rounding <= IMPRECISE * explained:
+            continue
+        summary = (
+            f"the reference is another function in float32: {finding.path} moves {m.rounding / decision.scale:.2g}"
+        )
+        work.conclusions.caveat("dtype", summary, check="outputs")
+        four, _ = comparison.four(example, where[2])
+        path = finding.path.partition(".")[2]
+        if distance(four.port32[path], four.reference32[path]) > DIFFERS * explained:
+            message = f"{finding.path} differs in float32, where the reference is another function"
+            work.conclusions.direct(
+                CheckReport("outputs", "divergent", examples=1, worst=finding.path, message=message)
+            )
+        return
+
+
 def _at_a_tie(work: _Work, structure_: Structure, examples: dict[int, Example], decision: Decision) -> bool:
     """Whether a difference on constructed inputs is a convention at a point without derivative: it is gone once the
     inputs are moved off the tie. Such a finding becomes a caveat. Inputs called ordinary have no such excuse."""
@@ -248,13 +289,7 @@ def _at_a_tie(work: _Work, structure_: Structure, examples: dict[int, Example], 
     if key not in work.ties:
         work.ties[key] = not _still_differs(structure_, _off_the_tie(example), finding.check, finding.where)
     if work.ties[key]:
-        work.conclusions.caveat(
-            "tie",
-            f"{finding.path} differs at {example.kind} inputs and agrees beside them: another convention at a point"
-            " without a derivative",
-            module=finding.path,
-            check=finding.check,
-        )
+        work.tied.setdefault(finding.check, []).append((example.kind, finding.path))
     return work.ties[key]
 
 
@@ -305,7 +340,8 @@ def _plant(work: _Work, structure_: Structure, decisions: Sequence[Decision]) ->
     comparison = structure_.comparison
     example = structure_.sample
     leaves = [p for p in structure_.reference.params if structure_.bound.targets_of(p) and example.weights[p].size]
-    runs = [("observe", train) for train in (False, True)] if work.wants("observe") or work.wants("jit") else []
+    observed = work.wants("observe") or work.wants("jit")
+    runs = [("observe", train) for train in (False, True) if observed and train not in work.blind]
     base: dict[Any, Any] = {}
     ours = {train: comparison.reference_seen(example, 64, train) for _, train in runs}
     for number, leaf in enumerate([None, *leaves]):

@@ -42,7 +42,7 @@ def accepts(model: Any) -> bool:
 def subject(model: FunctionModel) -> Subject:
     """The subject of a function: every floating leaf of its pytree is a param, the others are buffers."""
     keyed, structure = jax.tree_util.tree_flatten_with_path(model.params)
-    paths = [join(_key(key) for key in path) for path, _ in keyed]
+    paths = [join(key_name(key) for key in path) for path, _ in keyed]
     arrays = {path: np.asarray(leaf) for path, (_, leaf) in zip(paths, keyed, strict=True)}
     buffers = {
         path: array for path, array in arrays.items() if not jax.numpy.issubdtype(array.dtype, jax.numpy.inexact)
@@ -78,7 +78,8 @@ def subject(model: FunctionModel) -> Subject:
     )
 
 
-def _key(key: Any) -> Any:
+def key_name(key: Any) -> Any:
+    """The name or number that one step of a pytree path stands for."""
     for name in ("key", "name", "idx"):
         if hasattr(key, name):
             return getattr(key, name)

@@ -32,7 +32,7 @@ SAMPLERS = {
 RAW_BITS = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 """Primitives that make random bits; outside a known sampler no reference can be asked for the same."""
 
-FOLDED = ("convert_element_type", "broadcast_in_dim", "sub", "add", "mul", "div")
+FOLDED = ("convert_element_type", "broadcast_in_dim", "stop_gradient", "sub", "add", "mul", "div", "neg", "max", "min")
 """Operations through which a constant probability is followed."""
 
 TRANSPARENT = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")

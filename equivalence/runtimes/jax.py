@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,7 +32,35 @@ DTYPES: dict[int, Any] = {32: jnp.float32, 64: jnp.float64}
 def environment(bits: int) -> Iterator[None]:
     """x64 on for float64 and off for float32, matmul at its highest precision, for this thread and this block only."""
     with jax.enable_x64(bits == 64), jax.default_matmul_precision("highest"):
+        if bits == 64:
+            with _pinned():
+                yield
+        else:
+            yield
+
+
+@contextlib.contextmanager
+def _pinned() -> Iterator[None]:
+    """Tell code that asks for float64's limits those of float32: it must stay the function that it is in float32."""
+    ours = jnp.finfo
+
+    def finfo(dtype: Any) -> Any:
+        kind = np.dtype(dtype) if not hasattr(dtype, "dtype") else np.dtype(dtype.dtype)
+        return ours(jnp.float32 if kind == np.float64 else dtype)
+
+    jnp.finfo = finfo  # type: ignore[assignment]
+    try:
         yield
+    finally:
+        jnp.finfo = ours
+
+
+def keep_programs(folder: Path) -> None:
+    """Keep compiled programs in JAX's persistent cache in `folder`, unless the process already has one elsewhere."""
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def array(value: np.ndarray, bits: int) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from equivalence.errors import UnsupportedDraw
@@ -40,6 +41,8 @@ def environment(bits: int, threads: int | None = None) -> Iterator[None]:
         if torch.cuda.is_available():
             stack.enter_context(torch.autocast("cuda", enabled=False))
         stack.enter_context(torch.enable_grad())
+        if bits == 64:
+            stack.enter_context(_pinned())
         try:
             if threads is not None:
                 torch.set_num_threads(threads)
@@ -54,6 +57,36 @@ def environment(bits: int, threads: int | None = None) -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
             for (owner, name), value in zip(flags, before, strict=True):
                 setattr(owner, name, value)
+
+
+class _Pinned(TorchFunctionMode):
+    """In a float64 run, code that asks for its dtype's limits is told float32's: `RMSNorm(eps=None)` would otherwise
+    be another function in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.rms_norm, torch.nn.functional.rms_norm) and _eps(args, kwargs) is None:
+            args, kwargs = args[:3], {**kwargs, "eps": torch.finfo(torch.float32).eps}
+        return func(*args, **kwargs)
+
+
+def _eps(args: Any, kwargs: dict[str, Any]) -> Any:
+    return args[3] if len(args) > 3 else kwargs.get("eps")
+
+
+@contextlib.contextmanager
+def _pinned() -> Iterator[None]:
+    ours = torch.finfo
+
+    def finfo(dtype: torch.dtype | None = None) -> torch.finfo:
+        return ours(torch.float32 if dtype in (None, torch.float64) else dtype)
+
+    torch.finfo = finfo  # type: ignore[assignment, misc]
+    try:
+        with _Pinned():
+            yield
+    finally:
+        torch.finfo = ours  # type: ignore[misc]
 
 
 class TapeMode(TorchDispatchMode):
