@@ -104,7 +104,9 @@ def state(path: str) -> Family | None:
 @check("step", "steps")
 def step(path: str) -> Family | None:
     """Loss and parameters after each of several optimizer steps, inputs and learning rate changing."""
-    return "plain" if _within(path, "parameters") or path == "loss" else None
+    if path == "loss":
+        return "loss"
+    return "plain" if _within(path, "parameters") else None
 
 
 @check("optimizer_state", "steps")

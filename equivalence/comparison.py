@@ -78,6 +78,13 @@ class Four:
             if path in self.port64 and value.shape == self.port64[path].shape
         }
 
+    def one_sided(self) -> list[str]:
+        """Outputs and gradients that one side alone has, or that differ in shape."""
+        ours, theirs = self.reference64, self.port64
+        missing = [path for path in ours if path not in theirs or ours[path].shape != theirs[path].shape]
+        missing += [path for path in theirs if path.startswith("outputs.") and path not in ours]
+        return [path for path in missing if not path.startswith("buffers.")]
+
 
 @dataclass
 class Comparison:
@@ -92,8 +99,12 @@ class Comparison:
     stepping_reference: TorchRunner
     stepping_port: JaxRunner
     optimizer: OptimizerPair
-    units: dict[Where, tuple[float, dict[str, float]]] = field(default_factory=dict)
-    noises: dict[Where, list[dict[str, float]]] = field(default_factory=dict)
+    slope: float = 0.0
+    """The largest rms of the loss's derivative by the outputs over all examples observed."""
+    units: dict[Where, dict[str, float]] = field(default_factory=dict)
+    """The rms of every leaf under a random unit cotangent, by run."""
+    gradients: dict[Where, list[dict[str, tuple[Measure, float]]]] = field(default_factory=dict)
+    """How the gradients of every optimizer step compared, by run: what the jitter of its noise runs follows from."""
     unmatched_slots: set[str] = field(default_factory=set)
     _programs: dict[int, Any] = field(default_factory=dict)
     _draws: dict[int, list[Seen]] = field(default_factory=dict)
@@ -130,7 +141,8 @@ class Comparison:
             for path, m in measures.items()
             if ".cotangent." in path
         }
-        self.units[where] = slope, units
+        self.units[where] = units
+        self.slope = max(self.slope, slope)
         found = []
         for path, m in measures.items():
             for name in wanted:
@@ -203,8 +215,8 @@ class Comparison:
         ours = {b: self.stepping_reference.stepper(b, example.weights, self.optimizer, rates) for b in (32, 64)}
         theirs = {b: JaxStepper(self.program(b), example.port_weights) for b in (32, 64)}
         where = ("steps", example.index)
-        self.noises[where] = []
-        slope, units = self.units.get(("observe", example.index, True), (0.0, {}))
+        self.gradients[where] = []
+        units = self.units.get(("observe", example.index, True), {})
         for number in range(STEPS):
             batch, seed = example.batches[number % len(example.batches)], example.step_seed(number)
             seen = {bits: stepper.step(batch, seed) for bits, stepper in ours.items()}
@@ -216,17 +228,18 @@ class Comparison:
                 losses[64].values | self._port_stepped(theirs[64], ours[64]),
             )
             measures = four.measures(example.elements)
-            noise = {}
+            gradients = {}
             for path in [path for path in measures if path.startswith("gradients.")]:
                 m, leaf = measures.pop(path), path.removeprefix("gradients.")
                 unit = units.get(f"parameter_gradients.loss.{leaf}", 0.0)
-                noise[leaf] = gradient_noise(m, slope * unit)
-            self.noises[where].append(noise)
+                gradients[leaf] = m, unit
+            self.gradients[where].append(gradients)
             findings = []
             for path, m in measures.items():
                 for name in wanted:
-                    if REGISTRY[name].claims(path) is not None:
-                        findings.append(Finding(name, where, f"step{number + 1}.{path}", "plain", m, example.ordinary))
+                    family = REGISTRY[name].claims(path)
+                    if family is not None:
+                        findings.append(Finding(name, where, f"step{number + 1}.{path}", family, m, example.ordinary))
             yield findings
 
     def _port_stepped(self, stepper: Any, reference: Any) -> Observation:
@@ -310,10 +323,16 @@ class Comparison:
                     largest[path] = max(largest[path], finite(_apart(run[path], base[path])))
         return largest
 
+    def _jitter(self, where: Where) -> list[dict[str, float]]:
+        return [
+            {leaf: gradient_noise(m, self.slope * unit) for leaf, (m, unit) in gradients.items()}
+            for gradients in self.gradients[where]
+        ]
+
     def _noise_run(self, example: Example, where: Where, number: int | None) -> Observation:
         kind = where[0]
         if kind == "steps":
-            return self._steps64(example, None if number is None else self.noises[where], number or 0)
+            return self._steps64(example, None if number is None else self._jitter(where), number or 0)
         weights = example.weights
         if number is not None:
             rng = np.random.default_rng((example.seed, number))

@@ -32,6 +32,7 @@ EMPTY = {
     "input_gradients": "no input is floating",
     "parameter_gradients": "no parameter is trainable",
     "state": "the model has no buffers",
+    "step": "no parameter is trainable",
     "optimizer_state": "the optimizer keeps no state",
 }
 """Why a check may have had nothing to compare."""
@@ -170,7 +171,7 @@ def add_caveats(conclusions: Conclusions) -> None:
         rough = [
             d for d in decisions if d.finding.ordinary and d.finding.measure.rounding > ILL_CONDITIONED * d.scale > 0
         ]
-        if rough and name not in ("step", "optimizer_state"):
+        if rough and name == "outputs":
             d = max(rough, key=lambda d: d.finding.measure.rounding / d.scale)
             part = d.finding.measure.rounding / d.scale
             text = f"the reference's own float32 is {part:.2g} off its float64 at {d.finding.path}"

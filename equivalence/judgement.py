@@ -66,29 +66,16 @@ class Judge:
         """Take findings in; nothing is decided yet."""
         self.findings += findings
 
-    def scale(self, finding: Finding) -> float:
-        """The scale of a finding: the reference's rms, or the largest of its family over the examples."""
-        own = finding.measure.scale_reference
-        if finding.family == "loss":
-            return max(own, self._largest("loss"))
-        if finding.family == "output_gradient":
-            return max(own, self._largest("output_gradient"))
-        if finding.family == "loss_gradient":
-            return max(own, self._largest("output_gradient") * finding.unit)
-        return own
-
-    def _largest(self, family: Family) -> float:
-        if family == "loss":
-            values = [f.measure.scale_reference for f in self.findings if f.family == "loss"]
-        else:
-            values = [f.slope for f in self.findings if math.isfinite(f.slope)]
-        return max((value for value in values if math.isfinite(value)), default=0.0)
+    def scales(self) -> list[float]:
+        """The scale of every finding: the reference's rms, or the largest of its family over the examples."""
+        loss = _largest(f.measure.scale_reference for f in self.findings if f.family == "loss")
+        slope = _largest(f.slope for f in self.findings)
+        of_family = {"plain": 0.0, "loss": loss, "output_gradient": slope}
+        return [max(f.measure.scale_reference, of_family.get(f.family, slope * f.unit)) for f in self.findings]
 
     def decide(self, noise: Noise) -> list[Decision]:
         """Judge every finding; `noise` is asked once for each run that stage one could not settle."""
-        cached = {family: self._largest(family) for family in ("loss", "output_gradient")}
-        self._largest = cached.__getitem__  # type: ignore[method-assign, assignment]
-        scales = [self.scale(finding) for finding in self.findings]
+        scales = self.scales()
         firsts = [expected(f.measure, scale) for f, scale in zip(self.findings, scales, strict=True)]
         open_: dict[Where, list[str]] = {}
         for finding, first in zip(self.findings, firsts, strict=True):
@@ -114,6 +101,10 @@ class Judge:
     @staticmethod
     def _precision(finding: Finding, scale: float) -> float:
         return 0.0 if finding.measure.exact else precision(finding.measure, scale)
+
+
+def _largest(values: Iterable[float]) -> float:
+    return max((value for value in values if math.isfinite(value)), default=0.0)
 
 
 def unsettled(measure: Measure, first: float) -> bool:

@@ -18,14 +18,14 @@ from equivalence import coverage as seen
 from equivalence.checks import REGISTRY
 from equivalence.comparison import Comparison, Example
 from equivalence.conclusion import Conclusions, conclude
-from equivalence.errors import DrawsDiffer, InputError, UnsupportedDraw
+from equivalence.errors import DrawsDiffer, EquivalenceError, InputError, UnsupportedDraw
 from equivalence.events import CheckFinished, Event, Finished, PortFinished, PortStarted, Progress, Started
 from equivalence.frameworks.subject import Subject
 from equivalence.judgement import Decision, Judge, Noise
 from equivalence.numerics import DIFFERS, IMPRECISE, SHRINK, U32, U64, accumulation, distance
 from equivalence.spec import TrainingData
 from equivalence.structural import roundtrip, structure
-from equivalence.verdict import CheckReport, Report
+from equivalence.verdict import CheckReport, Coverage, Report
 from equivalence.weights import Bound
 
 
@@ -39,6 +39,11 @@ class Structure:
     comparison: Comparison
     examples: list[Example]
     keep: bool = False
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any parameter can be stepped."""
+        return bool(set(self.reference.params) - self.reference.frozen)
 
     @property
     def sample(self) -> Example:
@@ -160,6 +165,8 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
         yield from _plant(work, first, decided)
         if work.covered.masks:
             work.conclusions.coverage = seen.coverage(work.covered, first.comparison, first.examples[-1])
+    elif work.covered.masks:
+        work.conclusions.coverage = Coverage(work.covered.fraction())
     if "training" in plan.checks:
         yield from _train(work, source, first)
     if work.conclusions.diverged and plan.shrink and total > 1:
@@ -185,7 +192,12 @@ def _standing(work: _Work, structure_: Structure) -> bool:
     """The checks that need no run; whether the outputs can be compared at all."""
     example = structure_.examples[0]
     comparison = structure_.comparison
-    ours = comparison.reference_seen(example, 64, False).values
+    try:
+        ours = comparison.reference_seen(example, 64, False).values
+    except EquivalenceError:
+        raise
+    except Exception as error:
+        raise InputError(f"the reference fails on these inputs: {_first_line(error)}") from error
     shapes = {p.removeprefix("outputs."): (v.shape, v.dtype.kind) for p, v in ours.items() if p.startswith("outputs.")}
     try:
         theirs = comparison.port.outputs_of(64, example.port_weights, example.batches[0])
@@ -222,6 +234,8 @@ def _observe(work: _Work, structure_: Structure, example: Example, judge: Judge)
             _other_draws(work, name, error, train)
             work.blind.add(train)
             continue
+        if four.one_sided():
+            _one_sided(work, four.one_sided(), train)
         judge.add(findings)
         work.covered.add(four.reference64, {finding.measure.path: finding.measure for finding in findings})
         if work.wants("jit") and example is structure_.sample:
@@ -229,11 +243,21 @@ def _observe(work: _Work, structure_: Structure, example: Example, judge: Judge)
     try:
         if work.wants("state") and structure_.reference.buffers and comparison.port.buffer_paths:
             judge.add(comparison.states(example))
-        if work.wants("steps"):
+        if work.wants("steps") and structure_.trainable:
             for found in comparison.stepped(example, work.wants("steps")):
                 judge.add(found)
     except (DrawsDiffer, UnsupportedDraw) as error:
         _other_draws(work, "state" if work.wants("state") and structure_.reference.buffers else "step", error, True)
+
+
+def _one_sided(work: _Work, paths: list[str], train: bool) -> None:
+    """A path that only one side shows is a divergence of the first check that would have compared it."""
+    for name in work.plan.checks:
+        mine = [path for path in paths if REGISTRY[name].claims(path) is not None]
+        if mine and name != "jit":
+            mode = "train" if train else "eval"
+            text = f"in {mode} mode one side alone has {', '.join(mine[:5])}, or with another shape"
+            work.conclusions.direct(CheckReport(name, "divergent", examples=1, worst=f"{mode}.{mine[0]}", message=text))
 
 
 def _other_draws(work: _Work, name: str, error: DrawsDiffer | UnsupportedDraw, train: bool) -> None:
@@ -362,7 +386,7 @@ def _plant(work: _Work, structure_: Structure, decisions: Sequence[Decision]) ->
         if work.wants("state") and structure_.reference.buffers and comparison.port.buffer_paths:
             got = comparison.port_states(example, weights)
             _note(work, base, decisions, ("state", example.index), got, leaf, ["state"])
-        if work.wants("steps"):
+        if work.wants("steps") and structure_.trainable:
             for step, got in enumerate(comparison.port_steps(example, weights)):
                 where = ("steps", example.index)
                 _note(work, base, decisions, where, got, leaf, work.wants("steps"), step)
@@ -399,7 +423,7 @@ def _train(work: _Work, source: Source, structure_: Structure) -> Iterator[Event
     if "training" in work.conclusions.stopped:
         return
     data = source.training(structure_)
-    if data is None:
+    if data is None or not structure_.trainable:
         work.conclusions.nothing("training", "no loss and no data to train on")
         return
     try:

@@ -131,11 +131,9 @@ def gradient_rounding(
         floors[path] = slope * unit
         scale = max(m.scale_reference, floors[path])
         factors[path] = max(accumulation(elements), SHRINK * finite(m.rounding) / (U64 * scale) if scale > 0 else 1.0)
-    start = slope if slope > 0 else 1.0
 
     def noise(path: str, size: float) -> float:
-        # the floor follows the slope of the loss, which is what the gradients' size follows as training goes on
-        return U64 * factors[path] * max(size, floors[path] * min(1.0, size / start))
+        return U64 * factors[path] * max(size, floors[path])
 
     return noise
 

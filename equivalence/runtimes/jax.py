@@ -276,7 +276,8 @@ class StepProgram:
         rate = schedule(rates) if optimizer.changes_rate else optimizer.learning_rate
         self.transformation = optax.chain(_recorder(), optimizer.port(rate))
         self._own = runner.subject.own_step if runner.own_step is not None else None
-        self.compiled = jax.jit(self._observed)
+        self.compiled, self.start = jax.jit(self._observed), jax.jit(self.init)
+        self._known: dict[Any, list[Draw]] = {}
 
     def init(self, weights: Flat) -> Any:
         """The carry at the start, from reference leaves."""
@@ -318,8 +319,11 @@ class StepProgram:
         return carry, loss, seen
 
     def draws(self, carry: Any, inputs: Any, targets: Any) -> list[Draw]:
-        """The draws that one step asks for."""
-        return draws_of(self._step, carry, inputs, targets)
+        """The draws that one step asks for; traced once for each shape of batch."""
+        key = str(jax.tree_util.tree_map(lambda value: (value.shape, value.dtype), (inputs, targets)))
+        if key not in self._known:
+            self._known[key] = draws_of(self._step, carry, inputs, targets)
+        return self._known[key]
 
     def params(self, carry: Any) -> Flat:
         """The parameters in a carry, in the reference's terms."""
@@ -392,19 +396,16 @@ class JaxStepper:
 
     def __init__(self, program: StepProgram, weights: Observation) -> None:
         self.program, self.bits = program, program.bits
-        self._shapes: dict[Any, list[Draw]] = {}
         self._seen: dict[str, Any] = {}
         with environment(self.bits):
-            self.carry = program.init(program.runner._given(weights, self.bits))
+            self.carry = program.start(program.runner._given(weights, self.bits))
 
     def step(self, batch: Batch, reference: Seen) -> Seen:
         """One step, fed the draws that the reference's step was served. Raises DrawsDiffer where it asks for others."""
         with environment(self.bits):
             moved = batch.map(lambda value: array(value, self.bits))
-            key = str([np.shape(value) for value in batch.arrays().values()])
-            if key not in self._shapes:
-                self._shapes[key] = self.program.draws(self.carry, moved.inputs, moved.targets)
-            assert_same_draws(reference.draws, self._shapes[key], "train step")
+            asked = self.program.draws(self.carry, moved.inputs, moved.targets)
+            assert_same_draws(reference.draws, asked, "train step")
             served = [jnp.asarray(value) for value in reference.served]
             self.carry, loss, seen = self.program.compiled(served, self.carry, moved.inputs, moved.targets)
             self._seen = host(seen)

@@ -31,7 +31,6 @@ class WholeTraining:
         size = sum(value.size for value in runner.subject.params.values()) * bits // 8 * self.plan.batches
         self.chunk = max(1, min(self.plan.epochs, MEMORY // max(1, size)))
         self._compiled = jax.jit(self._epochs)
-        self._start = jax.jit(self.program.init)
 
     def draws(self, weights: Observation) -> dict[int, list[Draw]]:
         """The draws that a step asks for, by batch length; nothing is computed."""
@@ -130,7 +129,7 @@ class WholeTraining:
         def run() -> tuple[np.ndarray, Observation, Any]:
             losses, recorded = [], []
             with environment(self.bits):
-                carry = self._start(start)
+                carry = self.program.start(start)
                 for order, draws in zip(orders, given, strict=True):
                     carry, (loss, params) = self._compiled(carry, order, draws, inputs, targets)
                     losses.append(np.asarray(loss).reshape(-1))

@@ -47,6 +47,7 @@ def draw(strategy: st.SearchStrategy[Any], count: int, seed: int) -> list[Any]:
     @settings(
         max_examples=count,
         database=None,
+        derandomize=False,
         deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
@@ -64,6 +65,7 @@ def smallest(strategy: st.SearchStrategy[Any], fails: Callable[[Any], bool], see
     limits = settings(
         max_examples=tries,
         database=None,
+        derandomize=False,
         deadline=None,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
