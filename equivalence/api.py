@@ -10,7 +10,7 @@ from equivalence.checks import chosen
 from equivalence.errors import InputError, unknown
 from equivalence.events import Event, Finished
 from equivalence.frameworks import adapt
-from equivalence.optimizers import resolve
+from equivalence.optimizers import PAIRS, resolve
 from equivalence.pipeline import Plan, Structure, run
 from equivalence.sources import EXAMPLES, PairSource, Parts, SpecSource, _array, as_inputs, compared
 from equivalence.spec import Spec
@@ -94,8 +94,8 @@ def verify_spec(
 ) -> Iterator[Event]:
     """Judge the ports of a spec (all of them, or those named); yields events, the last one `Finished`.
 
-    `optimizer` is a name in `equivalence.optimizers.PAIRS`, None for the implementations' own. Raises InputError for
-    names that are not there.
+    `optimizer` is a name in `equivalence.optimizers.PAIRS`, "all" for each of them in turn, a pair, or None for the
+    implementations' own. Raises InputError for names that are not there.
     """
     wanted = list(spec.ports if ports is None else ports)
     for port in wanted:
@@ -103,9 +103,10 @@ def verify_spec(
             raise unknown("port", port, spec.ports)
     if not wanted:
         raise InputError(f"{spec.name} has no port to judge")
-    if optimizer is not None:
-        resolve(optimizer)
-    source = SpecSource(spec, tuple(wanted), optimizer, _examples(examples), seed)
+    optimizers = tuple(PAIRS) if optimizer == "all" else (optimizer,)
+    for named in optimizers:
+        resolve(named)
+    source = SpecSource(spec, tuple(wanted), optimizers, _examples(examples), seed)
     return run(source, Plan(chosen(checks), resolution, seed, shrink, checks is not None))
 
 

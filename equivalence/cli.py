@@ -197,7 +197,7 @@ def _listen(
     from equivalence.report.terminal import Terminal
 
     event = None
-    with Terminal(console) as terminal:
+    with Terminal(console, power) as terminal:
         for event in verify_spec(spec, ports=ports, checks=checks, optimizer=optimizer, examples=examples, seed=seed):
             terminal.handle(event)
     if not isinstance(event, Finished):

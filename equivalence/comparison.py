@@ -124,12 +124,15 @@ class Comparison:
         }
         return Four(ours[32].values, ours[64].values, theirs[32].values, theirs[64].values), ours[64]
 
-    def observed(self, example: Example, train: bool, wanted: Sequence[str]) -> tuple[list[Finding], Four]:
-        """The findings of every check that reads an observation."""
+    def observed(
+        self, example: Example, train: bool, wanted: Sequence[str]
+    ) -> tuple[list[Finding], Four, dict[str, Measure]]:
+        """The findings of every check that reads an observation, the four runs, and all that was measured."""
         four, _ = self.four(example, train)
         where = ("observe", example.index, train)
-        findings = self._findings(four.measures(example.elements), where, example, wanted, "train" if train else "eval")
-        return findings, four
+        measures = four.measures(example.elements)
+        findings = self._findings(measures, where, example, wanted, "train" if train else "eval")
+        return findings, four, measures
 
     def _findings(
         self, measures: dict[str, Measure], where: Where, example: Example, wanted: Sequence[str], mode: str

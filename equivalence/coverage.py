@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from equivalence.judgement import Decision
-from equivalence.numerics import DIFFERS, Measure, distance, expected
+from equivalence.numerics import DIFFERS, U64, Measure, distance, expected
 from equivalence.observation import Observation
 from equivalence.paths import parent
 from equivalence.verdict import Coverage
@@ -99,7 +99,7 @@ def noticed(base: Observation, moved: Observation, limits: Mapping[str, float]) 
         response = distance(moved[path], base[path])
         if response > 0.0:
             best = max(best, response / (DIFFERS * limit) if limit > 0.0 else np.inf)
-    return PLANT / best if best > 0.0 else None
+    return max(PLANT / best, U64) if best > 0.0 else None
 
 
 def limits(decisions: Iterable[Decision], check: str, where: tuple[object, ...]) -> dict[str, float]:

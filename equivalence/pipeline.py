@@ -228,7 +228,7 @@ def _observe(work: _Work, structure_: Structure, example: Example, judge: Judge)
     modes = (False, True) if observing or work.wants("jit") else (True,) if work.wants("steps") else ()
     for train in modes:
         try:
-            findings, four = comparison.observed(example, train, observing)
+            findings, four, measures = comparison.observed(example, train, observing)
         except (DrawsDiffer, UnsupportedDraw) as error:
             name = observing[0] if observing else work.wants("steps")[0]
             _other_draws(work, name, error, train)
@@ -237,7 +237,7 @@ def _observe(work: _Work, structure_: Structure, example: Example, judge: Judge)
         if four.one_sided():
             _one_sided(work, four.one_sided(), train)
         judge.add(findings)
-        work.covered.add(four.reference64, {finding.measure.path: finding.measure for finding in findings})
+        work.covered.add(four.reference64, measures)
         if work.wants("jit") and example is structure_.sample:
             judge.add(comparison.compiled_or_not(example, train))
     try:

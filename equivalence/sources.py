@@ -28,6 +28,10 @@ STRUCTURES = 2
 """Configurations drawn beside the default one."""
 EXAMPLES = 12
 """Examples a port, unless asked otherwise."""
+OWN = "own"
+"""The name of the implementations' own pair of optimizers."""
+OTHER_EPOCHS = 20
+"""Epochs that `training` runs with an optimizer that is not the implementations' own."""
 SHRINKING = 10
 """Configurations that may be compiled to find a smaller failing one."""
 
@@ -72,11 +76,15 @@ def compared(
 
 @dataclass
 class SpecSource:
-    """Examples of a spec: the default configuration on real data first, then configurations that Hypothesis draws."""
+    """Examples of a spec: the default configuration on real data first, then configurations that Hypothesis draws.
+
+    `optimizers` are names or pairs to step with; None is the implementations' own. With several of them a port is
+    judged once with each and called `port+optimizer`.
+    """
 
     spec: Spec
-    ports: tuple[str, ...]
-    optimizer: Any = None
+    frameworks: tuple[str, ...]
+    optimizers: tuple[Any, ...] = (None,)
     examples: int = EXAMPLES
     seed: int = 0
     _references: dict[Any, Subject] = field(default_factory=dict)
@@ -94,7 +102,23 @@ class SpecSource:
     @property
     def reproduce(self) -> str:
         """The command line that repeats a port's run."""
-        return f"equivalence verify {self.spec.origin or self.spec.name} --port {{port}} --seed {self.seed}"
+        extra = "" if self.examples == EXAMPLES else f" --examples {self.examples}"
+        return f"equivalence verify {self.spec.origin or self.spec.name} --port {{port}}{extra} --seed {self.seed}"
+
+    @property
+    def ports(self) -> tuple[str, ...]:
+        """The ports, once with every optimizer."""
+        return tuple(self._parts)
+
+    @property
+    def _parts(self) -> dict[str, tuple[str, Any]]:
+        if len(self.optimizers) == 1:
+            return {framework: (framework, self.optimizers[0]) for framework in self.frameworks}
+        return {
+            f"{framework}+{resolve(optimizer).name}": (framework, optimizer)
+            for framework in self.frameworks
+            for optimizer in self.optimizers
+        }
 
     def count(self, port: str) -> int:
         """Examples a port."""
@@ -132,13 +156,14 @@ class SpecSource:
             yield made
 
     def _structure(self, port: str, config: Any) -> Structure:
-        ours, theirs = self.spec.implementation(REFERENCE), self.spec.implementation(port)
+        framework, named = self._parts[port]
+        ours, theirs = self.spec.implementation(REFERENCE), self.spec.implementation(framework)
         if config not in self._references:
             self._references[config] = adapt(ours.build(config, self.seed))
         reference, ported = self._references[config], adapt(theirs.build(config, self.seed))
-        optimizer = resolve(self.optimizer) if self.optimizer is not None else _own_pair(ours, theirs, config)
+        optimizer = resolve(named) if named is not None else _own_pair(ours, theirs, config)
         parts = Parts((ours.loss_fn, theirs.loss_fn), (ours.train_step, theirs.train_step), optimizer)
-        bound, comparison = compared(reference, ported, Mapping(self.spec.rules[port]), parts, self.seed)
+        bound, comparison = compared(reference, ported, Mapping(self.spec.rules[framework]), parts, self.seed)
         return Structure(reference, ported, bound, comparison, [])
 
     def _first(self, made: Structure) -> Example:
@@ -160,8 +185,13 @@ class SpecSource:
         return Example(index, trial.kind, ordinary, weights, self._batches(trial), trial.seed, str(trial))
 
     def training(self, structure: Structure) -> TrainingData | None:
-        """The spec's own training run."""
-        return None if self.spec.training is None else self.spec.training(self.spec.config, self.seed)
+        """The spec's own training run; with an optimizer that is not its own the first epochs of it."""
+        if self.spec.training is None:
+            return None
+        data = self.spec.training(self.spec.config, self.seed)
+        if structure.comparison.optimizer.name == OWN:
+            return data
+        return dataclasses.replace(data, plan=data.plan.first(OTHER_EPOCHS))
 
     def smaller(self, port: str, fails: Callable[[Structure], bool]) -> str | None:
         """The smallest failing trial that few compiled configurations lead to."""
@@ -182,7 +212,7 @@ class SpecSource:
 
 def _own_pair(ours: Any, theirs: Any, config: Any) -> OptimizerPair:
     return OptimizerPair(
-        "own",
+        OWN,
         "the implementations' own",
         config.learning_rate,
         lambda params, learning_rate: ours.make_optimizer(learning_rate)(params),

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -172,7 +172,7 @@ def load(target: str) -> Spec:
         raise InputError(f"{place} has no {attribute!r}")
     if not isinstance(spec, Spec):
         raise InputError(f"{target} is a {type(spec).__name__}, not an equivalence.Spec")
-    return spec
+    return replace(spec, origin=target)
 
 
 def _load_file(path: Path) -> ModuleType:

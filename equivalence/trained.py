@@ -49,7 +49,7 @@ def train(
         for leaf in leaves:
             losses[leaf], parameters[leaf] = programs[64].run(planted(example, leaf), recorded.draws, seed)
     conclusions.noticed["training"] = smallest = noticed(
-        recorded, parameters, losses, runs[64][1], runs[64][0], example.elements
+        recorded, parameters, losses, runs[64][1], runs[64][0], example.elements, data.plan.batches
     )
     conclusions.training = summary(recorded, runner, runs[32], runs[64], data)
     idle = moved(recorded, example.weights, data, runner.subject.frozen)

@@ -293,14 +293,21 @@ def noticed(
     base: Observation,
     base_losses: np.ndarray,
     elements: int,
+    batches: int,
 ) -> dict[str, float]:
-    """The smallest relative change of each planted leaf that the check would have noticed, scaled linearly from
-    `PLANT` at the step where it shows best."""
+    """The smallest relative change of each planted leaf that the check would have noticed.
+
+    Scaled linearly from the plant at the step of the first epoch where it shows best: later on a plant meets kinks
+    that a smaller one would not have met. Never below the unit of rounding.
+    """
     smallest = {}
     for leaf, run in planted.items():
         best = 0.0
         for path in ["loss", *recorded.parameters]:
-            response = distances(losses[leaf], base_losses) if path == "loss" else distances(run[path], base[path])
+            if path == "loss":
+                response = distances(losses[leaf][:batches], base_losses[:batches])
+            else:
+                response = distances(run[path][:batches], base[path][:batches])
             ours = recorded.losses if path == "loss" else recorded.parameters[path]
             scale = np.full(len(ours), rms(ours)) if path == "loss" else sizes(ours)
             limit = np.max(
@@ -311,9 +318,9 @@ def noticed(
                 ],
                 axis=0,
             )
-            best = max(best, float(np.max(response / (DIFFERS * np.fmax(limit, 1e-300)))))
+            best = max(best, float(np.max(response / (DIFFERS * np.fmax(limit[:batches], 1e-300)))))
         if best > 0:
-            smallest[leaf] = PLANT / best
+            smallest[leaf] = max(PLANT / best, U64)
     return smallest
 
 
@@ -338,19 +345,22 @@ def summary(
         return data.accuracy(outputs[0], *data.held_out_targets)
 
     base = {**runner.subject.params, **runner.subject.buffers}
-    twins = [(loss, accuracy(final, 32)) for loss, final in recorded.twin_ends]
+
+    def end(losses: np.ndarray, final: Observation, bits: int) -> dict[str, float | None]:
+        return {"loss": _end_loss(losses, data), "accuracy": accuracy(final, bits)}
+
+    ends = {
+        "reference, float64": end(recorded.losses, _last(recorded.parameters), 64),
+        "port, float64": end(port64[0], _last(port64[1]), 64),
+        "reference, float32": end(recorded.losses32, recorded.final32, 32),
+        "port, float32": end(port32[0], _last(port32[1]), 32),
+    }
+    for number, (loss, final) in enumerate(recorded.twin_ends, 1):
+        ends[f"one-ulp twin {number}, float32"] = {"loss": loss, "accuracy": accuracy(final, 32)}
     return {
         "steps": len(recorded.losses),
         "float32_steps_compared": compared32(recorded, port32, data.plan.batches),
-        "reference": {
-            "float64": {"loss": _end_loss(recorded.losses, data), "accuracy": accuracy(_last(recorded.parameters), 64)},
-            "float32": {"loss": _end_loss(recorded.losses32, data), "accuracy": accuracy(recorded.final32, 32)},
-        },
-        "port": {
-            "float64": {"loss": _end_loss(port64[0], data), "accuracy": accuracy(_last(port64[1]), 64)},
-            "float32": {"loss": _end_loss(port32[0], data), "accuracy": accuracy(_last(port32[1]), 32)},
-        },
-        "twins": [{"loss": loss, "accuracy": score} for loss, score in twins],
+        "ends": ends,
     }
 
 

@@ -19,7 +19,7 @@ from tests.reports import divergent_port, equivalent_port, inconclusive_port, re
 @pytest.fixture
 def pipeline(monkeypatch):
     """A pipeline that says what the test wants and remembers what it was asked for."""
-    fake = ModuleType("equivalence.pipeline")
+    fake = ModuleType("equivalence.api")
     fake.calls = []
     fake.outcome = report(equivalent_port(), equivalent_port("linen"))
 
@@ -30,7 +30,7 @@ def pipeline(monkeypatch):
         yield from stream(fake.outcome)
 
     fake.verify_spec = verify_spec
-    monkeypatch.setitem(sys.modules, "equivalence.pipeline", fake)
+    monkeypatch.setitem(sys.modules, "equivalence.api", fake)
     return fake
 
 
@@ -61,7 +61,6 @@ def test_options_reach_the_pipeline(pipeline):
                 "optimizer": "all",
                 "examples": 7,
                 "seed": 3,
-                "power": True,
             },
         )
     ]
@@ -173,13 +172,13 @@ def test_ctrl_c_ends_cleanly(pipeline, capsys):
 def test_a_real_interrupt_ends_a_real_process_cleanly():
     script = """
 import sys, time, types
-fake = types.ModuleType("equivalence.pipeline")
+fake = types.ModuleType("equivalence.api")
 def verify_spec(spec, **options):
     print("running", flush=True)
     time.sleep(60)
     yield
 fake.verify_spec = verify_spec
-sys.modules["equivalence.pipeline"] = fake
+sys.modules["equivalence.api"] = fake
 from equivalence.cli import main
 main(["verify", "titanic_mlp"])
 """

@@ -16,7 +16,7 @@ from equivalence.errors import DivergenceError, InconclusiveError, InputError
 from equivalence.report import html, json_report
 from equivalence.report.files import check_writable, write_atomically
 from equivalence.report.lessons import aligned, print_lesson, sections
-from equivalence.report.terminal import Terminal
+from equivalence.report.terminal import Terminal, power_table
 from equivalence.report.text import explain
 from tests.reports import check, divergent_port, equivalent_port, inconclusive_port, report, stream
 
@@ -94,7 +94,9 @@ def test_the_table_shows_every_figure_of_every_check():
     assert row.split() == ["parameter_gradients", "equivalent", "3.2e-16", "2.5e-16", "1.3", "1.4e-15", "40"]
     assert "coverage: 100 % of the parameters · inert: attn.key.bias" in text
     assert "caveat (tie): input_gradients · act1: the slope" in text
-    assert "training: epochs 500 · torch.loss 0.4062" in text
+    assert "after 8500 steps" in text
+    assert "port, float64" in text
+    assert "75.0 %" in text
 
 
 def test_brackets_in_a_leaf_are_text_not_markup():
@@ -238,3 +240,14 @@ def test_what_differs_stands_out(modules):
 def test_a_module_without_source_is_bad_input():
     with pytest.raises(InputError, match=r"no\.such\.module has no source"):
         print_lesson(Console(file=io.StringIO()), "a lesson", {"torch": "no.such.module"})
+
+
+def test_power_names_the_check_that_sees_the_smallest_change_of_each_leaf():
+    power = {"outputs": {"fc.weight": 2e-13, "fc.bias": 1e-13}, "step": {"fc.weight": 3e-14}}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(power_table(power))
+    text = console.file.getvalue()
+    assert [line.split() for line in text.strip().splitlines()[1:]] == [
+        ["fc.weight", "3e-14", "step"],
+        ["fc.bias", "1e-13", "outputs"],
+    ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -12,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from equivalence import events
-from equivalence.report.summary import training_rows
 from equivalence.report.text import caveat_line, explain, figure, shortened
 from equivalence.verdict import PortReport, Report
 
@@ -25,11 +25,13 @@ QUIET = 10.0
 class Terminal:
     """A listener that shows a run on `console`: live on a terminal, a few plain lines elsewhere.
 
-    Use it as a context manager, so that an interrupted run leaves the terminal in order.
+    With `power` the smallest change of each leaf that would have shown is listed too. Use it as a context manager, so
+    that an interrupted run leaves the terminal in order.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, power: bool = False) -> None:
         self.console = console
+        self.power = power
         self.target = ""
         self._activity = ("", "")
         self._spoke = time.monotonic()
@@ -66,7 +68,7 @@ class Terminal:
                 self._say(f"{port}: {check.name} {check.verdict}", STYLES[check.verdict])
             case events.PortFinished(_, report):
                 self._clear()
-                print_port(self.console, self.target, report)
+                print_port(self.console, self.target, report, self.power)
             case events.Finished(report):
                 self._clear()
                 print_verdict(self.console, report)
@@ -97,7 +99,7 @@ class Terminal:
         self._activity = ("", "")
 
 
-def print_port(console: Console, target: str, report: PortReport) -> None:
+def print_port(console: Console, target: str, report: PortReport, power: bool = False) -> None:
     """The conclusion about one port: the table of its checks and what a reader must know beside it."""
     console.print()
     console.print(checks_table(target, report))
@@ -114,9 +116,12 @@ def print_port(console: Console, target: str, report: PortReport) -> None:
         for line in shortened(caveats):
             _wrapped(console, line)
     _wrapped(console, coverage_line(report))
-    rows = [f"{name} {value}" for name, value in training_rows(report.training)]
-    if rows:
-        _wrapped(console, f"training: {' · '.join(rows)}")
+    if report.training:
+        console.print()
+        console.print(training_table(report.training))
+    if report.power and power:
+        console.print()
+        console.print(power_table(report.power))
 
 
 def checks_table(target: str, report: PortReport) -> Table:
@@ -147,9 +152,37 @@ def checks_table(target: str, report: PortReport) -> Table:
     return table
 
 
+def training_table(training: Mapping[str, Any]) -> Table:
+    """How every run of the training check ended: read beside the verdict, never for it."""
+    table = _plain_table(f"after {training['steps']} steps", "loss of the last epoch", "held-out accuracy")
+    for name, end in training["ends"].items():
+        score = end["accuracy"]
+        table.add_row(name, figure(end["loss"], 4), "–" if score is None else f"{100 * score:.1f} %")
+    return table
+
+
+def power_table(power: Mapping[str, Mapping[str, float]]) -> Table:
+    """The smallest relative change of each leaf that would have been noticed, and by which check."""
+    table = _plain_table("smallest change of", "noticed", "by")
+    for leaf in dict.fromkeys(leaf for found in power.values() for leaf in found):
+        check = min((check for check in power if leaf in power[check]), key=lambda check: power[check][leaf])
+        table.add_row(leaf, figure(power[check][leaf]), check)
+    return table
+
+
+def _plain_table(first: str, *others: str) -> Table:
+    table = Table(box=None, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
 def coverage_line(report: PortReport) -> str:
     """How much of the model the run could judge."""
     coverage = report.coverage
+    if any(caveat.kind == "coverage" for caveat in report.caveats):
+        return "coverage: not measured"
     line = f"coverage: {100 * coverage.parameters:.4g} % of the parameters"
     for name, leaves in (("not judged", coverage.uncovered), ("inert", coverage.inert)):
         if leaves:

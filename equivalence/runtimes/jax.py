@@ -263,18 +263,22 @@ class JaxRunner:
             found: Observation = host(self._advanced(given, moved.inputs, served, train=True, bits=bits))
             return found
 
-    def program(self, optimizer: OptimizerPair, rates: Sequence[float], bits: int) -> StepProgram:
-        """The port's train step as a pure function of a carry."""
-        return StepProgram(self, optimizer, rates, bits)
+    def program(
+        self, optimizer: OptimizerPair, rates: Sequence[float], bits: int, gradients: bool = True
+    ) -> StepProgram:
+        """The port's train step as a pure function of a carry, which keeps the last gradients if asked to."""
+        return StepProgram(self, optimizer, rates, bits, gradients)
 
 
 class StepProgram:
     """A train step of the port, ours or the user's, as traceable functions of a carry."""
 
-    def __init__(self, runner: JaxRunner, optimizer: OptimizerPair, rates: Sequence[float], bits: int) -> None:
+    def __init__(
+        self, runner: JaxRunner, optimizer: OptimizerPair, rates: Sequence[float], bits: int, gradients: bool = True
+    ) -> None:
         self.runner, self.bits = runner, bits
         rate = schedule(rates) if optimizer.changes_rate else optimizer.learning_rate
-        self.transformation = optax.chain(_recorder(), optimizer.port(rate))
+        self.transformation = optax.chain(_recorder(), optimizer.port(rate)) if gradients else optimizer.port(rate)
         self._own = runner.subject.own_step if runner.own_step is not None else None
         self.compiled, self.start = jax.jit(self._observed), jax.jit(self.init)
         self._known: dict[Any, list[Draw]] = {}

@@ -25,7 +25,7 @@ class WholeTraining:
 
     def __init__(self, runner: JaxRunner, optimizer: OptimizerPair, bits: int, data: TrainingData) -> None:
         self.runner, self.bits, self.data, self.plan = runner, bits, data, data.plan
-        self.program = runner.program(optimizer, [optimizer.learning_rate], bits)
+        self.program = runner.program(optimizer, [optimizer.learning_rate], bits, gradients=False)
         rows = int(self.plan.order.shape[1])
         self.full, self.short = divmod(rows, self.plan.batch_size)
         size = sum(value.size for value in runner.subject.params.values()) * bits // 8 * self.plan.batches
