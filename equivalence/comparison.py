@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from equivalence.checks import REGISTRY
-from equivalence.judgement import Finding, Where
+from equivalence.judgement import Finding, Largest, Where
 from equivalence.numerics import DIFFERS, Measure, distance, expected, finite, measure, ulp_twin
 from equivalence.observation import Batch, Observation, Seen
 
@@ -86,6 +86,16 @@ class Four:
         return [path for path in missing if not path.startswith("buffers.")]
 
 
+@dataclass(frozen=True)
+class Run:
+    """The scale of one observation: rms of its outputs, of the loss's derivative by them, and of every gradient under
+    a random unit cotangent (by the path that it has under the loss)."""
+
+    size: float = 0.0
+    slope: float = 0.0
+    units: Mapping[str, float] = field(default_factory=dict)
+
+
 @dataclass
 class Comparison:
     """The reference and a port of one structure, ready to run.
@@ -99,10 +109,8 @@ class Comparison:
     stepping_reference: TorchRunner
     stepping_port: JaxRunner
     optimizer: OptimizerPair
-    slope: float = 0.0
-    """The largest rms of the loss's derivative by the outputs over all examples observed."""
-    units: dict[Where, dict[str, float]] = field(default_factory=dict)
-    """The rms of every leaf under a random unit cotangent, by run."""
+    seen: dict[Where, Run] = field(default_factory=dict)
+    """What each observation says of the scale of its gradients."""
     gradients: dict[Where, list[dict[str, tuple[Measure, float]]]] = field(default_factory=dict)
     """How the gradients of every optimizer step compared, by run: what the jitter of its noise runs follows from."""
     unmatched_slots: set[str] = field(default_factory=set)
@@ -137,22 +145,23 @@ class Comparison:
     def _findings(
         self, measures: dict[str, Measure], where: Where, example: Example, wanted: Sequence[str], mode: str
     ) -> list[Finding]:
-        slopes = [m.scale_reference for path, m in measures.items() if path.startswith("output_gradients.")]
-        slope = max((s for s in slopes if np.isfinite(s)), default=0.0)
+        size, slope = (
+            max((m.scale_reference for path, m in measures.items() if path.startswith(prefix)), default=0.0)
+            for prefix in ("outputs.", "output_gradients.")
+        )
         units = {
             path.replace(".cotangent.", ".loss.", 1): m.scale_reference
             for path, m in measures.items()
             if ".cotangent." in path
         }
-        self.units[where] = units
-        self.slope = max(self.slope, slope)
+        self.seen[where] = Run(size, slope, units)
         found = []
         for path, m in measures.items():
             for name in wanted:
                 family = REGISTRY[name].claims(path)
                 if family is not None:
                     unit = units.get(path, 0.0)
-                    found.append(Finding(name, where, f"{mode}.{path}", family, m, example.ordinary, slope, unit))
+                    found.append(Finding(name, where, f"{mode}.{path}", family, m, example.ordinary, slope, unit, size))
         return found
 
     def compiled_or_not(self, example: Example, train: bool) -> list[Finding]:
@@ -219,7 +228,7 @@ class Comparison:
         theirs = {b: JaxStepper(self.program(b), example.port_weights) for b in (32, 64)}
         where = ("steps", example.index)
         self.gradients[where] = []
-        units = self.units.get(("observe", example.index, True), {})
+        run = self.seen.get(("observe", example.index, True), Run())
         for number in range(STEPS):
             batch, seed = example.batches[number % len(example.batches)], example.step_seed(number)
             seen = {bits: stepper.step(batch, seed) for bits, stepper in ours.items()}
@@ -234,7 +243,7 @@ class Comparison:
             gradients = {}
             for path in [path for path in measures if path.startswith("gradients.")]:
                 m, leaf = measures.pop(path), path.removeprefix("gradients.")
-                unit = units.get(f"parameter_gradients.loss.{leaf}", 0.0)
+                unit = run.units.get(f"parameter_gradients.loss.{leaf}", 0.0)
                 gradients[leaf] = m, unit
             self.gradients[where].append(gradients)
             findings = []
@@ -242,7 +251,8 @@ class Comparison:
                 for name in wanted:
                     family = REGISTRY[name].claims(path)
                     if family is not None:
-                        findings.append(Finding(name, where, f"step{number + 1}.{path}", family, m, example.ordinary))
+                        at = f"step{number + 1}.{path}"
+                        findings.append(Finding(name, where, at, family, m, example.ordinary, size=run.size))
             yield findings
 
     def _port_stepped(self, stepper: Any, reference: Any) -> Observation:
@@ -327,8 +337,10 @@ class Comparison:
         return largest
 
     def _jitter(self, where: Where) -> list[dict[str, float]]:
+        run = self.seen.get(("observe", where[1], True), Run())
+        slope = Largest((seen.size, seen.slope) for seen in self.seen.values()).up_to(run.size)
         return [
-            {leaf: gradient_noise(m, self.slope * unit) for leaf, (m, unit) in gradients.items()}
+            {leaf: gradient_noise(m, slope * unit) for leaf, (m, unit) in gradients.items()}
             for gradients in self.gradients[where]
         ]
 

@@ -6,6 +6,8 @@ noise measured, by further runs of it, and only a gap beyond a hundred of those 
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +28,8 @@ class Finding:
     """One leaf of one check on one example, measured and not yet judged.
 
     `slope` is the rms of the loss's derivative by the outputs in that run, `unit` the rms of the leaf under a
-    random unit cotangent: the scale of a gradient that a saturated loss may have swallowed.
+    random unit cotangent: the scale of a gradient that a saturated loss may have swallowed. `size` is the rms of
+    the outputs.
     """
 
     check: str
@@ -37,6 +40,7 @@ class Finding:
     ordinary: bool = True
     slope: float = 0.0
     unit: float = 0.0
+    size: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,24 @@ class Judge:
         self.findings += findings
 
     def scales(self) -> list[float]:
-        """The scale of every finding: the reference's rms, or the largest of its family over the examples."""
-        loss = _largest(f.measure.scale_reference for f in self.findings if f.family == "loss")
-        slope = _largest(f.slope for f in self.findings)
-        of_family = {"plain": 0.0, "loss": loss, "output_gradient": slope}
-        return [max(f.measure.scale_reference, of_family.get(f.family, slope * f.unit)) for f in self.findings]
+        """The scale of every finding: the reference's rms, or the largest of its family over the examples.
+
+        Only examples whose outputs are no larger count: a loss saturates where outputs are large, and what it was
+        before says what rounding it carries; larger outputs say nothing of smaller ones.
+        """
+        losses = Largest((f.size, f.measure.scale_reference) for f in self.findings if f.family == "loss")
+        slopes = Largest((f.size, f.slope) for f in self.findings)
+        found = []
+        for f in self.findings:
+            own = f.measure.scale_reference
+            if f.family == "loss":
+                own = max(own, losses.up_to(f.size))
+            elif f.family == "output_gradient":
+                own = max(own, slopes.up_to(f.size))
+            elif f.family == "loss_gradient":
+                own = max(own, slopes.up_to(f.size) * f.unit)
+            found.append(own)
+        return found
 
     def decide(self, noise: Noise) -> list[Decision]:
         """Judge every finding; `noise` is asked once for each run that stage one could not settle."""
@@ -103,8 +120,23 @@ class Judge:
         return 0.0 if finding.measure.exact else precision(finding.measure, scale)
 
 
-def _largest(values: Iterable[float]) -> float:
-    return max((value for value in values if math.isfinite(value)), default=0.0)
+class Largest:
+    """The largest finite value seen at any size up to a given one.
+
+    >>> seen = Largest([(1.0, 5.0), (3.0, 2.0), (2.0, 9.0)])
+    >>> seen.up_to(1.5), seen.up_to(2.0), seen.up_to(0.5)
+    (5.0, 9.0, 0.0)
+    """
+
+    def __init__(self, pairs: Iterable[tuple[float, float]]) -> None:
+        kept = sorted(pair for pair in set(pairs) if math.isfinite(pair[0]) and math.isfinite(pair[1]))
+        self._sizes = [size for size, _ in kept]
+        self._largest = list(itertools.accumulate((value for _, value in kept), max))
+
+    def up_to(self, size: float) -> float:
+        """The largest value at sizes of at most `size`; 0 when there is none. A size that is not finite takes all."""
+        place = bisect.bisect_right(self._sizes, size) if math.isfinite(size) else len(self._sizes)
+        return self._largest[place - 1] if place else 0.0
 
 
 def unsettled(measure: Measure, first: float) -> bool:

@@ -124,6 +124,7 @@ class _Work:
     plan: Plan
     conclusions: Conclusions
     covered: seen.Covered = field(default_factory=seen.Covered)
+    first: Structure | None = None
     done: int = 0
     ties: dict[Any, bool] = field(default_factory=dict)
     blind: set[bool] = field(default_factory=set)
@@ -142,7 +143,7 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
     decided: list[Decision] = []
     for structure_ in source.structures(port):
         if first is None:
-            first = structure_
+            first = work.first = structure_
             if not _standing(work, structure_):
                 break
         if not any(work.wants(kind) for kind in ("observe", "state", "steps", "jit")):
@@ -237,7 +238,8 @@ def _observe(work: _Work, structure_: Structure, example: Example, judge: Judge)
         if four.one_sided():
             _one_sided(work, four.one_sided(), train)
         judge.add(findings)
-        work.covered.add(four.reference64, measures)
+        if work.first is structure_:
+            work.covered.add(four.reference64, measures)
         if work.wants("jit") and example is structure_.sample:
             judge.add(comparison.compiled_or_not(example, train))
     try:

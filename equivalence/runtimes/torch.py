@@ -29,11 +29,7 @@ DTYPES = {32: torch.float32, 64: torch.float64}
 def environment(bits: int, threads: int | None = None) -> Iterator[None]:
     """Default dtype, threads and matmul precision for a run, no autocast; settings and generator states put back."""
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    flags: tuple[tuple[Any, str], ...] = (
-        (torch.backends.cuda.matmul, "allow_tf32"),
-        (torch.backends.cudnn, "allow_tf32"),
-    )
-    before = [getattr(owner, name) for owner, name in flags]
+    tf32 = torch.backends.cudnn.allow_tf32  # that of matmul follows its precision
     threads_before = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
@@ -48,15 +44,13 @@ def environment(bits: int, threads: int | None = None) -> Iterator[None]:
                 torch.set_num_threads(threads)
             torch.set_default_dtype(DTYPES[bits])
             torch.set_float32_matmul_precision("highest")
-            for owner, name in flags:
-                setattr(owner, name, False)
+            torch.backends.cudnn.allow_tf32 = False
             yield
         finally:
             torch.set_num_threads(threads_before)
             torch.set_default_dtype(dtype)
+            torch.backends.cudnn.allow_tf32 = tf32
             torch.set_float32_matmul_precision(precision)
-            for (owner, name), value in zip(flags, before, strict=True):
-                setattr(owner, name, value)
 
 
 class _Pinned(TorchFunctionMode):
