@@ -11,11 +11,12 @@ from equivalence.errors import InputError, unknown
 from equivalence.events import Event, Finished
 from equivalence.frameworks import adapt
 from equivalence.optimizers import PAIRS, resolve
-from equivalence.pipeline import Plan, Structure, run
+from equivalence.pipeline import run
 from equivalence.sources import EXAMPLES, PairSource, Parts, SpecSource, _array, as_inputs, compared
 from equivalence.spec import Spec
 from equivalence.verdict import Report
 from equivalence.weights import Mapping
+from equivalence.work import Plan, Structure
 
 
 def verify(

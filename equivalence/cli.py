@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 SECTIONS = ("models", "frameworks", "checks", "optimizers", "schedules", "losses", "layers")
 NOT_YET = {
     "schedules": "none yet: learning-rate schedules are compared only as part of your own optimizer pair",
-    "losses": "none yet: a model's spec brings its own pair of losses",
     "layers": "none yet: single layers are judged only as parts of a model",
 }
 TRACEBACK = "EQUIVALENCE_TRACEBACK"
@@ -122,6 +121,10 @@ def _rows(section: str) -> list[tuple[str, str]]:
         from equivalence.checks import REGISTRY
 
         return [(check.name, check.summary) for check in REGISTRY.values()]
+    if section == "losses":
+        from equivalence import losses
+
+        return [(name, pair.__doc__ or "") for name, pair in losses.PAIRS.items()]
     if section == "optimizers":
         from equivalence.optimizers import PAIRS
 

@@ -11,6 +11,7 @@ LossPair = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 def _mse() -> LossPair:
+    """Mean squared error."""
     import jax.numpy as jnp
     import torch
 
@@ -18,6 +19,7 @@ def _mse() -> LossPair:
 
 
 def _cross_entropy() -> LossPair:
+    """Cross-entropy of logits (b, classes) against labels (b,)."""
     import jax.numpy as jnp
     import optax
     import torch
@@ -29,6 +31,7 @@ def _cross_entropy() -> LossPair:
 
 
 def _bce_with_logits() -> LossPair:
+    """Binary cross-entropy of logits against targets from 0 to 1."""
     import jax.numpy as jnp
     import optax
     import torch

@@ -17,10 +17,10 @@ from equivalence.frameworks import adapt
 from equivalence.frameworks.subject import Subject
 from equivalence.observation import Batch, Observation
 from equivalence.optimizers import OptimizerPair, resolve
-from equivalence.pipeline import Structure
 from equivalence.search import Trial
 from equivalence.spec import REFERENCE, BatchPlan, Spec, TrainingData
 from equivalence.weights import Mapping, infer
+from equivalence.work import Structure
 
 BATCHES = 3
 """Batches of an example: the first is observed, optimizer steps cycle through all."""

@@ -14,12 +14,25 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "equivalence"
 
 FLOORS: dict[str, int] = {
-    **dict.fromkeys(("errors", "paths", "numerics", "verdict", "events"), 0),
+    **dict.fromkeys(("errors", "paths", "numerics", "verdict", "events", "environment"), 0),
     **dict.fromkeys(("weights", "observation", "spec", "randomness"), 1),
-    **dict.fromkeys(("frameworks", "runtimes", "loops", "optimizers"), 2),
+    **dict.fromkeys(("frameworks", "runtimes", "loops", "optimizers", "losses"), 2),
     **dict.fromkeys(("checks", "search", "training", "diagnosis", "judgement"), 3),
-    **dict.fromkeys(("comparison", "coverage", "recordings", "structural"), 3),
-    **dict.fromkeys(("pipeline", "api", "train"), 4),
+    **dict.fromkeys(
+        (
+            "comparison",
+            "coverage",
+            "recordings",
+            "structural",
+            "conclusion",
+            "trained",
+            "work",
+            "plants",
+            "conventions",
+        ),
+        3,
+    ),
+    **dict.fromkeys(("pipeline", "sources", "api", "train"), 4),
     **dict.fromkeys(("report", "cli", "pytest_plugin"), 5),
 }
 

@@ -232,7 +232,9 @@ def _solve(
             if len(unknown) == 1 and known and size % known == 0:
                 lengths[unknown[0]] = size // known
     if any(math.prod(lengths.get(axis, 0) for axis in axes) != size for axes, size in rows):
-        raise MappingError(f"{paths[0]} {shapes[0]} does not fit {paths[1]} {shapes[1]} by {rule.axes!r}")
+        left = list(dict.fromkeys(axis for axes, _ in rows for axis in axes if axis not in lengths))
+        hint = f" (the shapes leave {', '.join(left)} open: give lengths, {left[0]}=...)" if len(left) > 1 else ""
+        raise MappingError(f"{paths[0]} {shapes[0]} does not fit {paths[1]} {shapes[1]} by {rule.axes!r}{hint}")
     return lengths
 
 
