@@ -158,9 +158,13 @@ _SAMPLERS.update(
 
 
 def tensor(array: np.ndarray, bits: int) -> torch.Tensor:
-    """A NumPy array as a tensor: floats in the run's precision, others as they are. Never shares memory."""
-    made = torch.from_numpy(np.array(array, copy=True, order="C"))
-    return made.to(DTYPES[bits]) if made.is_floating_point() else made
+    """A NumPy array as a tensor: floats in the run's precision, others as they are.
+
+    Always a copy in memory that torch allocates: sums depend on how their operands are aligned, and NumPy's are
+    aligned by chance.
+    """
+    plain = torch.from_numpy(np.require(array, requirements=("C", "W")))
+    return plain.to(DTYPES[bits] if plain.is_floating_point() else plain.dtype, copy=True)
 
 
 def host(value: torch.Tensor) -> np.ndarray:
