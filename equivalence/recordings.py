@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from equivalence.optimizers import OptimizerPair
     from equivalence.runtimes.torch import TorchRunner
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Unknowable(Exception):
@@ -149,6 +149,7 @@ def write(name: str, recorded: Recorded) -> None:
         arrays |= {f"twin{number}/{path}": value for path, value in final.items()}
     provenance = {
         "format": FORMAT,
+        "paths": list(recorded.rounding),
         "twin_losses": [loss for loss, _ in recorded.twin_ends],
         "draws": {str(rows): [dataclasses.asdict(d) for d in draws] for rows, draws in recorded.draws.items()},
     }
@@ -174,6 +175,11 @@ def read(name: str) -> Recorded | None:
         group, slash, leaf = place.partition("/")
         if slash:
             grouped.setdefault(group, {})[leaf] = value
+    order = {leaf: number for number, leaf in enumerate([*provenance["order"], "loss"])}
+    grouped = {group: dict(sorted(held.items(), key=lambda item: order[item[0]])) for group, held in grouped.items()}
+    # the file sorts its arrays; a report reads the same whether the runs were made now or then
+    order = provenance["paths"]
+    grouped = {group: {path: held[path] for path in order if path in held} for group, held in grouped.items()}
     draws = {
         int(rows): tuple(Draw(d["kind"], tuple(d["shape"]), d["probability"]) for d in listed)
         for rows, listed in provenance["draws"].items()
