@@ -175,8 +175,6 @@ def read(name: str) -> Recorded | None:
         group, slash, leaf = place.partition("/")
         if slash:
             grouped.setdefault(group, {})[leaf] = value
-    order = {leaf: number for number, leaf in enumerate([*provenance["order"], "loss"])}
-    grouped = {group: dict(sorted(held.items(), key=lambda item: order[item[0]])) for group, held in grouped.items()}
     # the file sorts its arrays; a report reads the same whether the runs were made now or then
     order = provenance["paths"]
     grouped = {group: {path: held[path] for path in order if path in held} for group, held in grouped.items()}
