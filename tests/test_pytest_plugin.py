@@ -22,7 +22,7 @@ TEST = "def test_model(model_check):\n    model_check.assert_equivalent()\n"
 @pytest.fixture
 def runs(monkeypatch):
     """A pipeline that judges ports as this list's `verdicts` says, and notes each run."""
-    fake = ModuleType("equivalence.pipeline")
+    fake = ModuleType("equivalence.api")
     fake.calls = []
     fake.verdicts = {"nnx": equivalent_port, "linen": equivalent_port}
 
@@ -34,7 +34,7 @@ def runs(monkeypatch):
         yield from stream(report(made(ports[0])))
 
     fake.verify_spec = verify_spec
-    monkeypatch.setitem(sys.modules, "equivalence.pipeline", fake)
+    monkeypatch.setitem(sys.modules, "equivalence.api", fake)
     monkeypatch.setattr(Spec, "implementation", lambda self, framework: None)
     return fake
 

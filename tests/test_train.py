@@ -17,7 +17,7 @@ pytest.importorskip("flax")
 
 from equivalence.loops import loops  # noqa: E402 - they need the frameworks
 from equivalence.report.plot import save_curves  # noqa: E402
-from equivalence.train import Trained, TrainProgress, _data, _task, adapt, train  # noqa: E402
+from equivalence.train import Trained, TrainProgress, _data, _task, _whole, adapt, train  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("titanic_mlp")
 EPOCHS = 3
@@ -41,11 +41,13 @@ def runs(events: list[Trained | TrainProgress]) -> list[Trained]:
 
 
 def test_every_way_to_train_is_run(runs: list[Trained]) -> None:
-    assert [(run.name, run.framework) for run in runs][:4] == [
+    assert [(run.name, run.framework) for run in runs] == [
         ("torch with DataLoader", "torch"),
         ("nnx, step not compiled", "nnx"),
         ("nnx, compiled step", "nnx"),
+        ("nnx, whole training", "nnx"),
         ("linen, compiled step", "linen"),
+        ("linen, whole training", "linen"),
     ]
 
 
@@ -94,14 +96,14 @@ def test_compiling_is_not_in_the_seconds(runs: list[Trained]) -> None:
 
 
 def test_progress_counts_every_epoch(events: list[Trained | TrainProgress]) -> None:
-    names: list[str] = []
+    told: dict[str, list[int]] = {}
     for event in events:
         if isinstance(event, Trained):
-            assert names.count(event.name) == event.epochs + 1
+            whole = event.name.endswith("whole training")
+            assert told[event.name] == ([0, event.epochs] if whole else [*range(event.epochs + 1)])
         else:
-            assert event.done == names.count(event.name)
             assert (event.loss is None) == (event.done == 0)
-            names.append(event.name)
+            told.setdefault(event.name, []).append(event.done)
 
 
 def test_a_run_that_is_dropped_leaves_the_process_as_it_was() -> None:
@@ -140,6 +142,22 @@ def test_unusable_epochs(spec: Spec, epochs: int, message: str) -> None:
 def test_a_spec_without_data(spec: Spec) -> None:
     with pytest.raises(InputError, match="titanic_mlp has no training data"):
         next(train(dataclasses.replace(spec, training=None)))
+
+
+def test_a_whole_training_that_draws_has_dropout_in_it() -> None:
+    """The same program with another rate of dropout takes other steps; with the same, the same ones."""
+    titanic = load("titanic_mlp")
+
+    def losses(rate: float) -> np.ndarray:
+        spec = dataclasses.replace(titanic, config=dataclasses.replace(titanic.config, dropout=rate))
+        events = list(_whole(spec, "linen", _data(spec, 2, 0), 0))
+        run = events[-1]
+        assert isinstance(run, Trained)
+        return run.losses
+
+    right = losses(0.25)
+    np.testing.assert_array_equal(losses(0.25), right)
+    assert not np.allclose(losses(0.0), right, rtol=1e-3)
 
 
 def curves(*losses: list[float]) -> Iterator[Trained]:

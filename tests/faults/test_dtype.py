@@ -68,7 +68,9 @@ def test_an_eps_of_the_dtype_is_that_of_float32(eps: float | None, verdict: str)
 
 
 @pytest.mark.parametrize(("in_float32", "verdict"), [(1.0, "equivalent"), (1.0001, "divergent")])
-def test_a_reference_that_depends_on_its_dtype_is_named_and_compared_in_float32(in_float32: float, verdict: str) -> None:
+def test_a_reference_that_depends_on_its_dtype_is_named_and_compared_in_float32(
+    in_float32: float, verdict: str
+) -> None:
     report = eq.verify(Branching(), eq.function(branching(in_float32), PARAMS), (X,), examples=2, checks=["outputs"])
     assert report.verdict == verdict
     assert "dtype" in {caveat.kind for caveat in report.reports[0].caveats}
