@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from equivalence.checks import REGISTRY
 from equivalence.judgement import Finding, Largest, Where
-from equivalence.numerics import DIFFERS, Measure, distance, expected, finite, measure, ulp_twin
+from equivalence.numerics import DIFFERS, U64, Measure, accumulation, distance, expected, finite, measure, rms, ulp_twin
 from equivalence.observation import Batch, Observation, Seen
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ CALLS = 3
 """Training-mode calls that `state` compares."""
 NOISE_RUNS = 4
 """Further runs of the reference that measure its noise."""
+DECIDED = 1e-3
+"""The part of an update beyond which it is rounding's: the step is the last of its example that is judged."""
 ULP = 2.0**-52
 """How far a noise run moves each weight, relative: one ulp of float64."""
 
@@ -96,6 +99,16 @@ class Run:
     units: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """A leaf's gradient in one optimizer step: how it compared, its rms under a random unit cotangent, and the elements
+    at which either side has one at all (a dead unit has none, and rounding gives it none)."""
+
+    measure: Measure
+    unit: float
+    moves: np.ndarray
+
+
 @dataclass
 class Comparison:
     """The reference and a port of one structure, ready to run.
@@ -111,9 +124,12 @@ class Comparison:
     optimizer: OptimizerPair
     seen: dict[Where, Run] = field(default_factory=dict)
     """What each observation says of the scale of its gradients."""
-    gradients: dict[Where, list[dict[str, tuple[Measure, float]]]] = field(default_factory=dict)
+    gradients: dict[Where, list[dict[str, Gradient]]] = field(default_factory=dict)
     """How the gradients of every optimizer step compared, by run: what the jitter of its noise runs follows from."""
     unmatched_slots: set[str] = field(default_factory=set)
+    observed_examples: dict[int, tuple[float, Example]] = field(default_factory=dict)
+    """Every example observed, by index, with the rms of its outputs."""
+    _inert: dict[str, bool] = field(default_factory=dict)
     _programs: dict[int, Any] = field(default_factory=dict)
     _draws: dict[int, list[Seen]] = field(default_factory=dict)
 
@@ -155,6 +171,7 @@ class Comparison:
             if ".cotangent." in path
         }
         self.seen[where] = Run(size, slope, units)
+        self.observed_examples[example.index] = size, example
         found = []
         for path, m in measures.items():
             for name in wanted:
@@ -240,11 +257,12 @@ class Comparison:
                 losses[64].values | self._port_stepped(theirs[64], ours[64]),
             )
             measures = four.measures(example.elements)
-            gradients = {}
+            gradients: dict[str, Gradient] = {}
             for path in [path for path in measures if path.startswith("gradients.")]:
                 m, leaf = measures.pop(path), path.removeprefix("gradients.")
                 unit = run.units.get(f"parameter_gradients.loss.{leaf}", 0.0)
-                gradients[leaf] = m, unit
+                moves = (four.reference64[path] != 0) | (four.port64[path] != 0)
+                gradients[leaf] = Gradient(m, unit, moves)
             self.gradients[where].append(gradients)
             findings = []
             for path, m in measures.items():
@@ -267,8 +285,10 @@ class Comparison:
                 found[f"optimizer.{slot}.{path}".rstrip(".")] = _counter(value) if path == "" else value
         return found
 
-    def _steps64(self, example: Example, noise: list[dict[str, float]] | None, seed: int) -> Observation:
-        """Everything a float64 run of the reference's steps shows, its gradients jittered by `noise`."""
+    def _steps64(
+        self, example: Example, noise: list[dict[str, np.ndarray]] | None, seed: int, amplitude: float
+    ) -> Observation:
+        """Everything a float64 run of the reference's steps shows, its gradients jittered by `amplitude` x `noise`."""
         rng = np.random.default_rng((example.seed, seed))
         stepper = self.stepping_reference.stepper(64, example.weights, self.optimizer, self.optimizer.rates(STEPS))
         found: Observation = {}
@@ -276,12 +296,13 @@ class Comparison:
             if noise is not None:
                 scales = noise[number]
                 stepper.jitter = lambda gradients, scales=scales: {
-                    path: rng.standard_normal(tuple(gradients[path].shape)) * sigma
+                    path: rng.standard_normal(tuple(gradients[path].shape)) * sigma * amplitude
                     for path, sigma in scales.items()
                     if path in gradients
                 }
             batch = example.batches[number % len(example.batches)]
-            seen = stepper.step(batch, example.step_seed(number)).values | _stepped(stepper)
+            with _rounding(None if noise is None else seed + STEPS * number, amplitude):
+                seen = stepper.step(batch, example.step_seed(number)).values | _stepped(stepper)
             found |= {f"step{number + 1}.{path}": np.array(value) for path, value in seen.items()}
         return found
 
@@ -324,43 +345,102 @@ class Comparison:
 
     # --- noise -------------------------------------------------------------------------------------------------
 
-    def noise(self, example: Example, where: Where, paths: Sequence[str]) -> dict[str, float]:
-        """How far the reference's own noise moves each path: four float64 runs of it, weights moved by one ulp, or
-        for steps the gradients jittered by what they may differ."""
+    def noise(self, example: Example, where: Where, paths: Sequence[str], amplitude: float = 1.0) -> dict[str, float]:
+        """How far the reference's own noise moves each path, over the noise's amplitude.
+
+        Four float64 runs of it: weights moved by one ulp, or for steps the gradients jittered by what they may differ;
+        and the result of every operation moved by one ulp (all of them times `amplitude`).
+        """
         largest = dict.fromkeys(paths, 0.0)
-        base = self._noise_run(example, where, None)
+        base = self._noise_run(example, where, None, amplitude)
         for number in range(NOISE_RUNS):
-            run = self._noise_run(example, where, number)
+            run = self._noise_run(example, where, number, amplitude)
             for path in paths:
                 if path in base:
-                    largest[path] = max(largest[path], finite(_apart(run[path], base[path])))
+                    largest[path] = max(largest[path], finite(_apart(run[path], base[path])) / amplitude)
+            if where[0] == "steps" and amplitude == 1.0:
+                lost = self._lost(example, base, run)
+                largest |= {path: np.inf for path in paths if _step_of(path) > lost}
         return largest
 
-    def _jitter(self, where: Where) -> list[dict[str, float]]:
+    def _lost(self, example: Example, base: Observation, run: Observation) -> int:
+        """The first step in which rounding decides an update, of a leaf that the outputs depend on: the steps after it
+        are rounding's, not the model's. (Adam makes a step of the learning rate out of a gradient that is noise.)"""
+        before = example.weights
+        for number in range(1, STEPS + 1):
+            after = {leaf: base[f"step{number}.parameters.{leaf}"] for leaf in self.reference.subject.params}
+            for leaf, value in after.items():
+                moved, size = distance(run[f"step{number}.parameters.{leaf}"], value), distance(value, before[leaf])
+                if moved > DECIDED * size and leaf not in self.reference.subject.frozen and not self.inert(leaf):
+                    return number
+            before = after
+        return STEPS
+
+    def inert(self, leaf: str) -> bool:
+        """Whether moving a leaf by O(1) leaves the reference's training-mode outputs where they are (a key bias under
+        softmax, a bias before a normalisation), on examples from the smallest to the largest outputs observed."""
+        if leaf not in self._inert:
+            ranked = sorted(self.observed_examples.values(), key=lambda pair: pair[0])
+            spread = {round(part * (len(ranked) - 1) / 4) for part in range(5)}
+            self._inert[leaf] = not any(self._matters(leaf, ranked[place][1]) for place in sorted(spread))
+        return self._inert[leaf]
+
+    def _matters(self, leaf: str, example: Example) -> bool:
+        rng, value = np.random.default_rng(example.seed), example.weights[leaf]
+        weights = {**example.weights, leaf: value + rng.standard_normal(value.shape).astype(value.dtype)}
+        before, after = (
+            self.reference.observe(64, held, example.batches[0], True, example.seed, gradients=False).values
+            for held in (example.weights, weights)
+        )
+        return any(
+            distance(after[path], value) > DIFFERS * U64 * rms(value) * accumulation(example.elements)
+            for path, value in before.items()
+            if path.startswith("outputs.") and value.dtype.kind == "f"
+        )
+
+    def _jitter(self, where: Where) -> list[dict[str, np.ndarray]]:
+        """The standard deviation of the jitter of every gradient element, by step and leaf."""
         run = self.seen.get(("observe", where[1], True), Run())
         slope = Largest((seen.size, seen.slope) for seen in self.seen.values()).up_to(run.size)
         return [
-            {leaf: gradient_noise(m, slope * unit) for leaf, (m, unit) in gradients.items()}
+            {leaf: gradient_noise(g.measure, slope * g.unit) * g.moves for leaf, g in gradients.items()}
             for gradients in self.gradients[where]
         ]
 
-    def _noise_run(self, example: Example, where: Where, number: int | None) -> Observation:
+    def _noise_run(self, example: Example, where: Where, number: int | None, amplitude: float) -> Observation:
         kind = where[0]
         if kind == "steps":
-            return self._steps64(example, None if number is None else self._jitter(where), number or 0)
+            noise = None if number is None else self._jitter(where)
+            return self._steps64(example, noise, number or 0, amplitude)
         weights = example.weights
         if number is not None:
             rng = np.random.default_rng((example.seed, number))
             weights = {
-                path: ulp_twin(value.astype(np.float64) if value.dtype.kind == "f" else value, rng, ULP)
+                path: ulp_twin(value.astype(np.float64) if value.dtype.kind == "f" else value, rng, ULP * amplitude)
                 for path, value in example.weights.items()
             }
         if kind == "state":
-            return self._states64(example, weights)
+            with _rounding(number, amplitude):
+                return self._states64(example, weights)
         train = bool(where[2])
-        seen = self.reference.observe(64, weights, example.batches[0], train, example.seed)
+        with _rounding(number, amplitude):
+            seen = self.reference.observe(64, weights, example.batches[0], train, example.seed)
         mode = "train" if train else "eval"
         return {f"{mode}.{path}": value for path, value in seen.values.items()}
+
+
+def _rounding(seed: int | None, amplitude: float) -> contextlib.AbstractContextManager[Any]:
+    """Every operation of torch off by `amplitude` ulps, or nothing."""
+    if seed is None:
+        return contextlib.nullcontext()
+    from equivalence.runtimes.torch_rounding import Rounding
+
+    return Rounding(seed, amplitude)
+
+
+def _step_of(path: str) -> int:
+    """The number of the optimizer step that a path `step3.parameters...` belongs to."""
+    return int(path.partition(".")[0].removeprefix("step"))
 
 
 def gradient_noise(m: Measure, floor: float) -> float:

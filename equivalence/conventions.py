@@ -55,7 +55,7 @@ def _still_differs(structure_: Structure, example: Example, check: str, where: t
         comparison.observed(example, True, [])
         for found in comparison.stepped(example, [check]):
             judge.add(found)
-    decisions = judge.decide(lambda where, paths: comparison.noise(example, where, paths))
+    decisions = judge.decide(lambda where, paths, size: comparison.noise(example, where, paths, size))
     return any(decision.differs for decision in decisions)
 
 

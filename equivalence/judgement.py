@@ -19,8 +19,8 @@ from equivalence.numerics import AGREES, DIFFERS, IMPRECISE, Measure, expected, 
 Where = tuple[Any, ...]
 """Which run a finding came from: (run, example, mode or nothing)."""
 
-Noise = Callable[[Where, Sequence[str]], dict[str, float]]
-"""Further reference runs: the largest distance that its own noise moved each path."""
+Noise = Callable[[Where, Sequence[str], float], dict[str, float]]
+"""Further reference runs under noise of an amplitude: the largest distance each path moved, over the amplitude."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Judge:
     """Collects findings of one structure and decides them together."""
 
     findings: list[Finding] = field(default_factory=list)
+    lost: set[Where] = field(default_factory=set)
+    """Runs of which some findings could not be judged: what they show is the reference's own rounding."""
 
     def add(self, findings: Iterable[Finding]) -> None:
         """Take findings in; nothing is decided yet."""
@@ -98,11 +100,19 @@ class Judge:
         for finding, first in zip(self.findings, firsts, strict=True):
             if unsettled(finding.measure, first):
                 open_.setdefault(finding.where, []).append(finding.path)
-        seen = {where: noise(where, paths) for where, paths in open_.items()}
+        seen = {where: noise(where, paths, 1.0) for where, paths in open_.items()}
+        for where, paths in self._beyond(firsts, seen).items():
+            # A hundred expectations are forgiven wherever they arise, so what such a noise makes of the rest of the
+            # run is forgiven too: where a choice or a saturated unit flips, that is more than a hundred times as much.
+            more = noise(where, paths, DIFFERS)
+            seen[where] |= {path: max(seen[where].get(path, 0.0), more[path]) for path in paths}
         decisions = []
         for finding, first, scale in zip(self.findings, firsts, scales, strict=True):
             second = finding.where in seen and unsettled(finding.measure, first)
             limit = max(first, seen[finding.where].get(finding.path, 0.0)) if second else first
+            if limit == math.inf:
+                self.lost.add(finding.where)
+                continue
             decisions.append(
                 Decision(
                     finding,
@@ -114,6 +124,17 @@ class Judge:
                 )
             )
         return decisions
+
+    def _beyond(self, firsts: list[float], seen: dict[Where, dict[str, float]]) -> dict[Where, list[str]]:
+        """The leaves whose gap is a difference by the noise seen so far."""
+        found: dict[Where, list[str]] = {}
+        for finding, first in zip(self.findings, firsts, strict=True):
+            m = finding.measure
+            if not m.exact and unsettled(m, first):
+                limit = max(first, seen[finding.where].get(finding.path, 0.0))
+                if differs(m, limit):
+                    found.setdefault(finding.where, []).append(finding.path)
+        return found
 
     @staticmethod
     def _precision(finding: Finding, scale: float) -> float:

@@ -102,6 +102,9 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
         decisions = [d for d in decisions if not at_a_tie(work, structure_, examples, d)]
         work.conclusions.take(decisions)
         work.conclusions.unmatched |= structure_.comparison.unmatched_slots
+        if judge.lost:
+            text = f"rounding decides an update in {len(judge.lost)} examples; the steps after it were not judged"
+            work.conclusions.caveat("chaos", text, check="step")
         if structure_ is first:
             decided = decisions
             dtype_dependence(work, structure_, examples, decisions)
@@ -130,7 +133,7 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
 
 
 def _noise(comparison: Comparison, examples: dict[int, Example]) -> Noise:
-    return lambda where, paths: comparison.noise(examples[where[1]], where, paths)
+    return lambda where, paths, size: comparison.noise(examples[where[1]], where, paths, size)
 
 
 def _standing(work: Work, structure_: Structure) -> bool:
@@ -211,8 +214,8 @@ def _other_draws(work: Work, name: str, error: DrawsDiffer | UnsupportedDraw, tr
     mode = "train" if train else "eval"
     check = CheckReport(name, verdict, examples=1, worst=f"{mode}.draws", message=str(error))  # type: ignore[arg-type]
     work.conclusions.direct(check)
-    blind = [n for n in work.plan.checks if REGISTRY[n].run in ("steps", "state", "training")] if train else []
-    work.conclusions.stop([n for n in blind if n != name], str(error))
+    later = work.plan.checks[work.plan.checks.index(name) + 1 :] if train else ()
+    work.conclusions.stop([n for n in later if REGISTRY[n].run in ("steps", "state", "training")], str(error))
 
 
 def _differs(structure_: Structure, plan: Plan, conclusions: Conclusions) -> bool:
@@ -226,7 +229,7 @@ def _differs(structure_: Structure, plan: Plan, conclusions: Conclusions) -> boo
     work.plan = dataclasses.replace(plan, checks=work.conclusions.checks)
     example = structure_.examples[0]
     _observe(work, structure_, example, judge)
-    decisions = judge.decide(lambda where, paths: structure_.comparison.noise(example, where, paths))
+    decisions = judge.decide(lambda where, paths, size: structure_.comparison.noise(example, where, paths, size))
     return bool(work.conclusions.diverged) or any(decision.differs for decision in decisions)
 
 

@@ -80,7 +80,7 @@ def decide(made: Made, examples: list[Example]) -> list[Decision]:
         if example.index % STEPS_EVERY == 0:
             for found in comparison.stepped(example, ["step", "optimizer_state"]):
                 judge.add(found)
-    return judge.decide(lambda where, paths: comparison.noise(examples[where[1]], where, paths))
+    return judge.decide(lambda where, paths, size: comparison.noise(examples[where[1]], where, paths, size))
 
 
 @pytest.mark.parametrize("name", list(STRUCTURES))
