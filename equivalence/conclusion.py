@@ -200,6 +200,9 @@ def add_caveats(conclusions: Conclusions) -> None:
 def conclude(conclusions: Conclusions, port: str, reference: Subject, bound: Bound, reproduce: str) -> PortReport:
     """The report of one port."""
     add_caveats(conclusions)
+    if reference.low:
+        text = f"the reference holds {len(reference.low)} leaves below float32; they ran in float32 and float64"
+        conclusions.caveat("low precision", text, module=parent(reference.low[0]) or None)
     ours, theirs = bound.without_counterpart()
     for leaf in [*(p for p in ours if p in reference.buffers), *theirs]:
         conclusions.caveat(

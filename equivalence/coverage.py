@@ -83,15 +83,15 @@ def _moves_nothing(comparison: Comparison, example: Example, leaf: str) -> bool:
     return True
 
 
-def planted(example: Example, leaf: str) -> Observation:
-    """The example's weights with one leaf changed by `PLANT` of its size, in a random direction, in float64."""
+def planted(example: Example, leaf: str, change: float = PLANT) -> Observation:
+    """The example's weights with one leaf changed by `change` of its size, in a random direction, in float64."""
     value = example.port_weights[leaf].astype(np.float64)
     size = float(np.sqrt(np.mean(np.square(value)))) or 1.0
     direction = np.random.default_rng((example.seed, 5)).standard_normal(value.shape)
-    return {**example.port_weights, leaf: value + PLANT * size * direction}
+    return {**example.port_weights, leaf: value + change * size * direction}
 
 
-def noticed(base: Observation, moved: Observation, limits: Mapping[str, float]) -> float | None:
+def noticed(base: Observation, moved: Observation, limits: Mapping[str, float], change: float = PLANT) -> float | None:
     """The smallest relative change that would have been noticed at any of the paths of `limits` (path -> the
     expectation that decided), or None when the plant moved none of them."""
     best = 0.0
@@ -99,7 +99,7 @@ def noticed(base: Observation, moved: Observation, limits: Mapping[str, float]) 
         response = distance(moved[path], base[path])
         if response > 0.0:
             best = max(best, response / (DIFFERS * limit) if limit > 0.0 else np.inf)
-    return max(PLANT / best, U64) if best > 0.0 else None
+    return max(change / best, U64) if best > 0.0 else None
 
 
 def limits(decisions: Iterable[Decision], check: str, where: tuple[object, ...]) -> dict[str, float]:

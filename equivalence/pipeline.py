@@ -8,7 +8,9 @@ then whole training.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from equivalence import coverage as seen
@@ -70,7 +72,7 @@ def run(source: Source, plan: Plan) -> Iterator[Event]:
     for port in source.ports:
         yield PortStarted(port, source.count(port))
         report = None
-        for event in _port(source, port, plan):
+        for event in _blaming(_port(source, port, plan), port):
             if isinstance(event, PortFinished):
                 report = event.report
             yield event
@@ -78,6 +80,30 @@ def run(source: Source, plan: Plan) -> Iterator[Event]:
         reports.append(report)
     facts = environment(plan.seed)
     yield Finished(Report(source.target, source.reference, facts, tuple(reports)))
+
+
+def _blaming(events: Iterator[Event], port: str) -> Iterator[Event]:
+    """The same events; an error raised in code that is neither ours nor a library's becomes the caller's."""
+    try:
+        yield from events
+    except EquivalenceError:
+        raise
+    except Exception as error:
+        if _in_users_code(error):
+            raise InputError(f"{port}: your own code fails: {_first_line(error)}") from error
+        raise
+
+
+def _in_users_code(error: BaseException) -> bool:
+    """Whether a frame of the traceback lies outside this package, installed packages and Python itself."""
+    ours = (str(Path(__file__).parent), sys.base_prefix, sys.prefix, "<")
+    trace = error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith(ours) and "site-packages" not in file:
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:

@@ -1,71 +1,76 @@
-"""The resolution of every check, measured: one plant in each leaf of the port, and how small it could have been."""
+"""The resolution of every check, measured: a plant in each leaf of the port, and how small it could have been."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from equivalence import coverage as seen
 from equivalence.events import Progress
-from equivalence.judgement import Decision
+from equivalence.judgement import Decision, Where
+from equivalence.observation import Observation
 from equivalence.work import Structure, Work
 
+LARGER = 1e-3
+"""The second plant in a leaf whose first one was not noticed."""
+GROWS = 30.0
+"""A response that falls this far behind the larger plant is rounding: the check does not see that leaf at all."""
 
-def plant(work: Work, structure_: Structure, decisions: Sequence[Decision]) -> Iterator[Progress]:
-    """The resolution of every check: one plant in each leaf of the port, and how small it could have been."""
-    comparison = structure_.comparison
-    example = structure_.sample
-    leaves = [p for p in structure_.reference.params if structure_.bound.targets_of(p) and example.weights[p].size]
-    observed = work.wants("observe") or work.wants("jit")
-    runs = [("observe", train) for train in (False, True) if observed and train not in work.blind]
-    base: dict[Any, Any] = {}
-    ours = {train: comparison.reference_seen(example, 64, train) for _, train in runs}
-    for number, leaf in enumerate([None, *leaves]):
-        weights = example.port_weights if leaf is None else seen.planted(example, leaf)
-        for kind, train in runs:
-            mode = "train" if train else "eval"
-            got = comparison.port.observe(64, weights, example.batches[0], train, example.seed, ours[train]).values
-            got = {f"{mode}.{path}": value for path, value in got.items()}
-            _note(
-                work,
-                base,
-                decisions,
-                (kind, example.index, train),
-                got,
-                leaf,
-                [*work.wants("observe"), *work.wants("jit")],
-            )
-        if work.wants("state") and structure_.reference.buffers and comparison.port.buffer_paths:
-            got = comparison.port_states(example, weights)
-            _note(work, base, decisions, ("state", example.index), got, leaf, ["state"])
-        if work.wants("steps") and structure_.trainable:
-            for step, got in enumerate(comparison.port_steps(example, weights)):
-                where = ("steps", example.index)
-                _note(work, base, decisions, where, got, leaf, work.wants("steps"), step)
+Shown = tuple[Where, int, list[str], Observation]
+"""What a run of the port showed: which run, its step, the checks that read it, and the paths."""
+
+
+def plant(work: Work, structure: Structure, decisions: Sequence[Decision]) -> Iterator[Progress]:
+    """Plant in every leaf and note, by check, the smallest change that would have been noticed."""
+    example = structure.sample
+    leaves = [p for p in structure.reference.params if structure.bound.targets_of(p) and example.weights[p].size]
+    base = {
+        (where, step): {path: np.array(value) for path, value in shown.items()}
+        for where, step, _, shown in _runs(work, structure, example.port_weights)
+    }
+    limits: dict[Any, dict[str, float]] = {}
+
+    def smallest(leaf: str, size: float) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for where, step, checks, shown in _runs(work, structure, seen.planted(example, leaf, size)):
+            for check in checks:
+                if (check, where) not in limits:
+                    limits[check, where] = seen.limits(decisions, check, where)
+                here = {path: limit for path, limit in limits[check, where].items() if path in shown}
+                change = seen.noticed(base[where, step], shown, here, size)
+                if change is not None:
+                    found[check] = min(found.get(check, np.inf), change)
+        return found
+
+    for number, leaf in enumerate(leaves, 1):
+        found = smallest(leaf, seen.PLANT)
+        faint = [check for check, change in found.items() if change > seen.PLANT]
+        if faint:
+            larger = smallest(leaf, LARGER)
+            for check in faint:
+                if larger.get(check, np.inf) > GROWS * found[check]:
+                    del found[check]
+        for check, change in found.items():
+            work.conclusions.noticed.setdefault(check, {})[leaf] = change
         yield Progress(work.port, "plants", number, len(leaves))
 
 
-def _note(
-    work: Work,
-    base: dict[Any, Any],
-    decisions: Sequence[Decision],
-    where: tuple[Any, ...],
-    got: dict[str, np.ndarray],
-    leaf: str | None,
-    checks: Sequence[str],
-    step: int = 0,
-) -> None:
-    if leaf is None:
-        base[where, step] = {path: np.array(value) for path, value in got.items()}
-        return
-    for check in checks:
-        key = (check, where)
-        if key not in work.limits:
-            work.limits[key] = seen.limits(decisions, check, where)
-        limits = {p: v for p, v in work.limits[key].items() if p in got}
-        smallest = seen.noticed(base[where, step], got, limits)
-        if smallest is not None:
-            found = work.conclusions.noticed.setdefault(check, {})
-            found[leaf] = min(found.get(leaf, np.inf), smallest)
+def _runs(work: Work, structure: Structure, weights: Observation) -> Iterable[Shown]:
+    """Everything the port shows in float64 from these weights, one run and one step at a time."""
+    comparison, example = structure.comparison, structure.sample
+    reading = [*work.wants("observe"), *work.wants("jit")]
+    for train in (False, True):
+        if reading and train not in work.blind:
+            key = (example.index, train)
+            if key not in work.references:
+                work.references[key] = comparison.reference_seen(example, 64, train)
+            got = comparison.port.observe(64, weights, example.batches[0], train, example.seed, work.references[key])
+            mode = "train" if train else "eval"
+            yield ("observe", *key), 0, reading, {f"{mode}.{path}": value for path, value in got.values.items()}
+    if work.wants("state") and structure.reference.buffers and comparison.port.buffer_paths:
+        yield ("state", example.index), 0, ["state"], comparison.port_states(example, weights)
+    if work.wants("steps") and structure.trainable:
+        for step, shown in enumerate(comparison.port_steps(example, weights)):
+            yield ("steps", example.index), step, work.wants("steps"), shown

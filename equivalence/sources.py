@@ -196,15 +196,18 @@ class SpecSource:
     def smaller(self, port: str, fails: Callable[[Structure], bool]) -> str | None:
         """The smallest failing trial that few compiled configurations lead to."""
         made: dict[Any, Structure] = {}
+        answers: dict[Trial, bool] = {}
 
         def one(trial: Trial) -> bool:
-            if trial.config not in made:
-                if len(made) >= SHRINKING:
-                    return False
-                made[trial.config] = self._structure(port, trial.config)
-            structure = made[trial.config]
-            structure.examples[:] = [self._example(structure, trial, 0)]
-            return fails(structure)
+            if trial not in answers:
+                if trial.config not in made:
+                    if len(made) >= SHRINKING:
+                        return False
+                    made[trial.config] = self._structure(port, trial.config)
+                structure = made[trial.config]
+                structure.examples[:] = [self._example(structure, trial, 0)]
+                answers[trial] = fails(structure)
+            return answers[trial]
 
         found = search.smallest(search.trials(self.spec.configurations()), one, self.seed)
         return None if found is None else str(found)
@@ -316,15 +319,15 @@ class PairSource:
 
     def smaller(self, port: str, fails: Callable[[Structure], bool]) -> str | None:
         """The simplest failing trial of the user's structure."""
-        tries = 0
+        answers: dict[Trial, bool] = {}
 
         def one(trial: Trial) -> bool:
-            nonlocal tries
-            tries += 1
-            if tries > 4 * SHRINKING:
-                return False
-            self.made.examples[:] = [self._example(trial, 0, self._drawn(1, self.seed)[0])]
-            return fails(self.made)
+            if trial not in answers:
+                if len(answers) >= 4 * SHRINKING:
+                    return False
+                self.made.examples[:] = [self._example(trial, 0, self._drawn(1, self.seed)[0])]
+                answers[trial] = fails(self.made)
+            return answers[trial]
 
         found = search.smallest(search.trials(st.none()), one, self.seed)
         return None if found is None else str(found)

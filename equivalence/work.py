@@ -10,6 +10,7 @@ from equivalence.comparison import Comparison, Example
 from equivalence.conclusion import Conclusions
 from equivalence.coverage import Covered
 from equivalence.frameworks.subject import Subject
+from equivalence.observation import Seen
 from equivalence.weights import Bound
 
 
@@ -59,7 +60,7 @@ class Work:
     ties: dict[Any, bool] = field(default_factory=dict)
     blind: set[bool] = field(default_factory=set)
     tied: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    limits: dict[Any, dict[str, float]] = field(default_factory=dict)
+    references: dict[tuple[int, bool], Seen] = field(default_factory=dict)
 
     def wants(self, run: str) -> list[str]:
         """The checks asked for that read this kind of run and that nothing has stopped."""

@@ -48,6 +48,8 @@ class Subject:
     aliases: Mapping[str, str] = field(default_factory=dict)
     frozen: frozenset[str] = frozenset()
     layers: Mapping[str, str] = field(default_factory=dict)
+    low: tuple[str, ...] = ()
+    """Params that the model holds in less than float32."""
     native: Callable[[Flat], Any] = dict
     flat: Callable[[Any], Flat] = dict
     own_step: OwnStep | None = None

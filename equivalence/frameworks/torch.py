@@ -11,6 +11,9 @@ import torch
 
 from equivalence.frameworks.subject import Flat, Subject
 
+LOW = (torch.bfloat16, torch.float16)
+"""Dtypes that are verified as float32: the same weights, run at the precisions of the comparison."""
+
 
 def accepts(model: Any) -> bool:
     """Whether `model` is a torch module."""
@@ -58,6 +61,7 @@ def subject(model: torch.nn.Module) -> Subject:
             path for path, tensor in model.named_parameters() if not tensor.requires_grad and path in params
         ),
         layers=layers,
+        low=tuple(path for path, tensor in model.named_parameters() if tensor.dtype in LOW),
     )
 
 
@@ -75,10 +79,6 @@ def mode(model: torch.nn.Module, train: bool) -> Iterator[None]:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A copy of a tensor as NumPy; bfloat16, which NumPy lacks, as ml_dtypes' bfloat16."""
+    """A copy of a tensor as NumPy; bfloat16 and float16 as float32, which holds all their values."""
     plain = tensor.detach().cpu()
-    if plain.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return plain.view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
-    return np.array(plain.numpy(), copy=True)
+    return np.array((plain.float() if plain.dtype in LOW else plain).numpy(), copy=True)

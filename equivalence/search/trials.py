@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
-from hypothesis.errors import NoSuchExample
+from hypothesis.errors import Flaky, NoSuchExample
 
 from equivalence.search.arrays import KINDS
 
@@ -72,5 +72,5 @@ def smallest(strategy: st.SearchStrategy[Any], fails: Callable[[Any], bool], see
     )
     try:
         return find(strategy, fails, settings=limits, random=Random(seed))
-    except NoSuchExample:
+    except (NoSuchExample, Flaky):
         return None

@@ -153,7 +153,7 @@ def seen(comparison: Comparison, example: Example) -> set[str]:
     judge = Judge()
     for train in (False, True):
         judge.add(comparison.observed(example, train, ["outputs", "input_gradients"])[0])
-    decisions = judge.decide(lambda where, paths: comparison.noise(example, where, paths))
+    decisions = judge.decide(lambda where, paths, size: comparison.noise(example, where, paths, size))
     return {decision.finding.check for decision in decisions if decision.differs}
 
 
