@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -22,9 +23,9 @@ def environment(seed: int) -> dict[str, Any]:
         "devices": {"torch": _torch_devices(torch), "jax": [str(device) for device in jax.devices()]},
         "threads": {"torch": torch.get_num_threads()},
         "precision_flags": {
-            "torch.float32_matmul_precision": torch.get_float32_matmul_precision(),
-            "torch.cuda.matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
-            "torch.cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
+            "torch.float32_matmul_precision": _asked(torch.get_float32_matmul_precision),
+            "torch.cuda.matmul.allow_tf32": _asked(lambda: torch.backends.cuda.matmul.allow_tf32),
+            "torch.cudnn.allow_tf32": _asked(lambda: torch.backends.cudnn.allow_tf32),
             "torch.autocast": torch.is_autocast_enabled("cpu"),
             "jax.default_matmul_precision": config.jax_default_matmul_precision,
             "jax.enable_x64": bool(config.jax_enable_x64),
@@ -33,6 +34,14 @@ def environment(seed: int) -> dict[str, Any]:
         "seed": seed,
         "replayed": [],
     }
+
+
+def _asked(getter: Callable[[], Any]) -> Any:
+    """A flag, or "mixed" where torch refuses to say because its older and newer interfaces were both used."""
+    try:
+        return getter()
+    except RuntimeError:
+        return "mixed"
 
 
 def _version(name: str) -> str | None:

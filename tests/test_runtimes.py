@@ -295,3 +295,20 @@ def test_a_subject_says_what_it_holds() -> None:
     assert ours.layers["bn.weight"] == "BatchNorm1d"
     with pytest.raises(InputError):
         adapt("a model")
+
+
+def test_torchs_newer_precision_settings_are_put_back_too() -> None:
+    """Mixed with the older ones they make torch's own getters raise."""
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision()
+    matmul.fp32_precision = "tf32"
+    try:
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        with on_torch.environment(32):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision(before)
