@@ -130,7 +130,7 @@ class Comparison:
     observed_examples: dict[int, tuple[float, Example]] = field(default_factory=dict)
     """Every example observed, by index, with the rms of its outputs."""
     _inert: dict[str, bool] = field(default_factory=dict)
-    _programs: dict[int, Any] = field(default_factory=dict)
+    _programs: dict[tuple[int, bool], Any] = field(default_factory=dict)
     _draws: dict[int, list[Seen]] = field(default_factory=dict)
 
     # --- observe -----------------------------------------------------------------------------------------------
@@ -230,11 +230,13 @@ class Comparison:
 
     # --- steps -------------------------------------------------------------------------------------------------
 
-    def program(self, bits: int) -> Any:
-        """The port's compiled step at one precision, made once."""
-        if bits not in self._programs:
-            self._programs[bits] = self.stepping_port.program(self.optimizer, self.optimizer.rates(STEPS), bits)
-        return self._programs[bits]
+    def program(self, bits: int, gradients: bool = True) -> Any:
+        """The port's compiled step at one precision, made once; without gradients it moves a quarter less memory."""
+        key = bits, gradients
+        if key not in self._programs:
+            rates = self.optimizer.rates(STEPS)
+            self._programs[key] = self.stepping_port.program(self.optimizer, rates, bits, gradients)
+        return self._programs[key]
 
     def stepped(self, example: Example, wanted: Sequence[str]) -> Iterator[list[Finding]]:
         """The findings of `step` and `optimizer_state`, one step at a time; nothing of a step is kept."""
@@ -324,7 +326,7 @@ class Comparison:
         from equivalence.runtimes.jax import JaxStepper
 
         served = self._served(example)
-        stepper = JaxStepper(self.program(64), weights)
+        stepper = JaxStepper(self.program(64, gradients=False), weights)
         names = {field_: slot for slot, field_ in SLOTS.items()}
         for number in range(STEPS):
             batch = example.batches[number % len(example.batches)]

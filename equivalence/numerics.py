@@ -185,9 +185,13 @@ def expected(m: Measure, scale: float) -> float:
     )
 
 
-def precision(m: Measure, scale: float) -> float:
-    """The port's float32 error over the reference's; about 1 for a right port."""
-    floor = max(U32 * finite(scale), TINY32)
+def precision(m: Measure, scale: float, noise: float = 0.0) -> float:
+    """The port's float32 error over the reference's; about 1 for a right port.
+
+    Where the reference's own float64 `noise` is far beyond a unit of rounding (ten of them are ordinary), what it
+    becomes in float32 is no error of the port's.
+    """
+    floor = max(U32 * finite(scale), TINY32, noise / (AGREES * SHRINK))
     if not math.isfinite(m.port_error):
         return math.inf if math.isfinite(m.rounding) else 1.0
     return m.port_error / max(finite(m.rounding), floor)

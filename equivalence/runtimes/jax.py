@@ -280,7 +280,8 @@ class StepProgram:
         rate = schedule(rates) if optimizer.changes_rate else optimizer.learning_rate
         self.transformation = optax.chain(_recorder(), optimizer.port(rate)) if gradients else optimizer.port(rate)
         self._own = runner.subject.own_step if runner.own_step is not None else None
-        self.compiled, self.start = jax.jit(self._observed), jax.jit(self.init)
+        # The old carry is given up: its memory serves the new one.
+        self.compiled, self.start = jax.jit(self._observed, donate_argnums=1), jax.jit(self.init)
         self._known: dict[Any, list[Draw]] = {}
 
     def init(self, weights: Flat) -> Any:
