@@ -156,8 +156,8 @@ def write_docs(facts: dict[str, Any], path: Path) -> None:
     text = f"""# What the statistic detects
 
 Written by `python benchmarks/detection.py --seconds N --write-docs`; every figure on this page comes from
-`detection.json` beside it: {rights} right trials and {faults} with a planted fault, in {facts["seconds"]:g} s,
-seed {facts["seed"]} ({versions}).
+`detection.json` beside it: {rights} right trials and {faults} with a planted fault, in
+{facts["seconds"]:g} s, seed {facts["seed"]} ({versions}).
 
 A trial is one example of one network: weights, three batches and draws, observed in eval and in train mode, in float32
 and float64 on both sides, then five Adam steps; {facts["group"]} right trials are judged together, as `verify` does. Its
