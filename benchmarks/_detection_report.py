@@ -160,8 +160,8 @@ Written by `python benchmarks/detection.py --seconds N --write-docs`; every figu
 {facts["seconds"]:g} s, seed {facts["seed"]} ({versions}).
 
 A trial is one example of one network: weights, three batches and draws, observed in eval and in train mode, in float32
-and float64 on both sides, then five Adam steps; {facts["group"]} right trials are judged together, as `verify` does. Its
-figure is the largest ratio over all of its leaves, of the gap to the expectation that decided. Above
+and float64 on both sides, then five Adam steps; {facts["group"]} right trials are judged together, as `verify`
+does. Its figure is the largest ratio over all of its leaves, of the gap to the expectation that decided. Above
 {facts["differs"]:g} a leaf differs.
 
 ![Both histograms](detection.png)

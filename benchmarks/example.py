@@ -36,7 +36,8 @@ from equivalence.frameworks import adapt
 from equivalence.observation import Batch
 from equivalence.optimizers import resolve
 from equivalence.pipeline import run
-from equivalence.runtimes.jax import JaxRunner, JaxStepper
+from equivalence.runtimes.jax import JaxRunner
+from equivalence.runtimes.jax_steps import JaxStepper
 from equivalence.runtimes.torch import TorchRunner, TorchStepper
 from equivalence.search import moved
 from equivalence.sources import BATCHES, Parts, compared

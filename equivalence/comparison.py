@@ -240,7 +240,7 @@ class Comparison:
 
     def stepped(self, example: Example, wanted: Sequence[str]) -> Iterator[list[Finding]]:
         """The findings of `step` and `optimizer_state`, one step at a time; nothing of a step is kept."""
-        from equivalence.runtimes.jax import JaxStepper
+        from equivalence.runtimes.jax_steps import JaxStepper
 
         rates = self.optimizer.rates(STEPS)
         ours = {b: self.stepping_reference.stepper(b, example.weights, self.optimizer, rates) for b in (32, 64)}
@@ -323,7 +323,7 @@ class Comparison:
 
     def port_steps(self, example: Example, weights: Observation) -> Iterator[Observation]:
         """Everything the port's float64 steps show from other weights, one step at a time."""
-        from equivalence.runtimes.jax import JaxStepper
+        from equivalence.runtimes.jax_steps import JaxStepper
 
         served = self._served(example)
         stepper = JaxStepper(self.program(64, gradients=False), weights)

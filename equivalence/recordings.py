@@ -53,7 +53,7 @@ def key(
     groups = [{name: value for name, value in group.items() if name != "params"} for group in made.param_groups]
     from equivalence import randomness, training
     from equivalence.runtimes import torch as runtime
-    from equivalence.runtimes import torch_training
+    from equivalence.runtimes import torch_environment, torch_tape, torch_training
 
     depends = [
         FORMAT,
@@ -62,7 +62,7 @@ def key(
         torch.__version__,
         torch.__config__.show(),
         runner.threads or torch.get_num_threads(),
-        [runtime, torch_training, training, randomness],
+        [runtime, torch_environment, torch_tape, torch_training, training, randomness],
         dict(weights),
         [data.inputs, data.targets, data.plan.order, data.plan.batch_size, data.rows_are_batches],
         [type(made), groups, optimizer.learning_rate, optimizer.changes_rate, optimizer.reference],

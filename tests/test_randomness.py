@@ -101,7 +101,7 @@ def test_the_first_difference_is_named(reference: list[Draw], port: list[Draw], 
 
 def torch_served(function: object) -> tuple[object, Tape]:
     torch = pytest.importorskip("torch")
-    from equivalence.runtimes.torch import TapeMode
+    from equivalence.runtimes.torch_tape import TapeMode
 
     tape = Tape((5,))
     with TapeMode(tape), torch.random.fork_rng(devices=[]):

@@ -9,21 +9,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from equivalence.frameworks.subject import Flat, Subject, call
 from equivalence.observation import Batch, Observation, Seen, cotangent
 from equivalence.optimizers import OptimizerPair
-from equivalence.optimizers.pairs import schedule
 from equivalence.paths import flatten, rebuild
 from equivalence.randomness import Draw, assert_same_draws
 from equivalence.runtimes.draws import draws_of, with_draws
 from equivalence.weights import Bound
+
+if TYPE_CHECKING:
+    from equivalence.runtimes.jax_steps import StepProgram
 
 DTYPES: dict[int, Any] = {32: jnp.float32, 64: jnp.float64}
 
@@ -267,166 +268,6 @@ class JaxRunner:
         self, optimizer: OptimizerPair, rates: Sequence[float], bits: int, gradients: bool = True
     ) -> StepProgram:
         """The port's train step as a pure function of a carry, which keeps the last gradients if asked to."""
+        from equivalence.runtimes.jax_steps import StepProgram
+
         return StepProgram(self, optimizer, rates, bits, gradients)
-
-
-class StepProgram:
-    """A train step of the port, ours or the user's, as traceable functions of a carry."""
-
-    def __init__(
-        self, runner: JaxRunner, optimizer: OptimizerPair, rates: Sequence[float], bits: int, gradients: bool = True
-    ) -> None:
-        self.runner, self.bits = runner, bits
-        rate = schedule(rates) if optimizer.changes_rate else optimizer.learning_rate
-        self.transformation = optax.chain(_recorder(), optimizer.port(rate)) if gradients else optimizer.port(rate)
-        self._own = runner.subject.own_step if runner.own_step is not None else None
-        # The old carry is given up: its memory serves the new one.
-        self.compiled, self.start = jax.jit(self._observed, donate_argnums=1), jax.jit(self.init)
-        self._known: dict[Any, list[Draw]] = {}
-
-    def init(self, weights: Flat) -> Any:
-        """The carry at the start, from reference leaves."""
-        params, buffers = self.runner.load(weights, self.bits)
-        if self._own is not None:
-            return self._own.init(params, buffers, self.transformation)
-        native = self.runner.subject.native
-        return {"params": params, "buffers": buffers, "optimizer": self.transformation.init(native(params))}
-
-    def _step(self, carry: Any, inputs: Any, targets: Any) -> tuple[Any, Any]:
-        if self._own is not None:
-            assert self.runner.own_step is not None
-            return self._own.step(self.runner.own_step, carry, inputs, targets)
-        runner, subject = self.runner, self.runner.subject
-
-        def objective(params: Flat) -> tuple[Any, Flat]:
-            args, kwargs = call(inputs)
-            outputs, after = subject.apply(params, carry["buffers"], args, kwargs, True)
-            assert runner.loss is not None
-            return runner.loss(runner.select(outputs), *targets), after
-
-        (loss, after), gradients = jax.value_and_grad(objective, has_aux=True)(carry["params"])
-        frozen = runner.bound_frozen()
-        gradients = {p: jnp.zeros_like(g) if p in frozen else g for p, g in gradients.items()}
-        native = subject.native(carry["params"])
-        updates, state = self.transformation.update(subject.native(gradients), carry["optimizer"], native)
-        moved = subject.flat(optax.apply_updates(native, updates))
-        params = {path: carry["params"][path] if path in frozen else moved[path] for path in carry["params"]}
-        return {"params": params, "buffers": after, "optimizer": state}, loss
-
-    def run(self, draws: Sequence[Any], carry: Any, inputs: Any, targets: Any) -> tuple[Any, Any]:
-        """One step with its draws served; traceable."""
-        result: tuple[Any, Any] = with_draws(self._step)(draws, carry, inputs, targets)
-        return result
-
-    def _observed(self, draws: Sequence[Any], carry: Any, inputs: Any, targets: Any) -> tuple[Any, Any, Flat]:
-        carry, loss = self.run(draws, carry, inputs, targets)
-        seen = {"params": self.params(carry), "gradients": self.gradients(carry), "slots": self.slots(carry)}
-        return carry, loss, seen
-
-    def draws(self, carry: Any, inputs: Any, targets: Any) -> list[Draw]:
-        """The draws that one step asks for; traced once for each shape of batch."""
-        key = str(jax.tree_util.tree_map(lambda value: (value.shape, value.dtype), (inputs, targets)))
-        if key not in self._known:
-            self._known[key] = draws_of(self._step, carry, inputs, targets)
-        return self._known[key]
-
-    def params(self, carry: Any) -> Flat:
-        """The parameters in a carry, in the reference's terms."""
-        flat = self._own.params(carry) if self._own is not None else carry["params"]
-        return self.runner.back(flat)
-
-    def outputs(self, carry: Any, inputs: Any) -> Any:
-        """What the model in a carry returns in eval mode."""
-        held = carry if self._own is None else {"params": self._own.params(carry), "buffers": self._own.buffers(carry)}
-        outputs, _ = self.runner.subject.apply(held["params"], held["buffers"], *call(inputs), False)
-        return self.runner.select(outputs)
-
-    def gradients(self, carry: Any) -> Flat:
-        """The gradients that the optimizer received last, in the reference's terms."""
-        return self.slots(carry, gradient=True).get("received", {})
-
-    def slots(self, carry: Any, gradient: bool = False) -> dict[str, Flat]:
-        """The optimizer's state by Optax's field names, leaves in the reference's terms."""
-        state = self._own.optimizer(carry) if self._own is not None else carry["optimizer"]
-        return {
-            slot: leaves if "" in leaves else self.runner.back(leaves, gradient=True)
-            for slot, leaves in slots_of(state, set(self.runner.subject.params)).items()
-            if gradient == (slot == "received")
-        }
-
-
-def slots_of(state: Any, paths: set[str]) -> dict[str, Flat]:
-    """An Optax state as slot -> leaf path -> array; a scalar of the whole state has the path ''.
-
-    A slot is named by the field that holds a tree shaped like the parameters (`mu`, `nu`, `trace`).
-    """
-    found: dict[str, Flat] = {}
-    for keys, value in jax.tree_util.tree_flatten_with_path(state)[0]:
-        parts = [_plain(key) for key in keys]
-        while parts and parts[-1] in ("value", "raw_value"):
-            parts.pop()
-        for cut in range(len(parts)):
-            leaf = ".".join(parts[cut:])
-            if leaf in paths and cut > 0:
-                found.setdefault(parts[cut - 1], {}).setdefault(leaf, value)
-                break
-        else:
-            if parts and np.ndim(value) == 0:
-                found.setdefault(parts[-1], {}).setdefault("", value)
-    return found
-
-
-def _plain(key: Any) -> str:
-    for name in ("key", "name", "idx"):
-        if hasattr(key, name):
-            return str(getattr(key, name))
-    return str(key)
-
-
-def _recorder() -> optax.GradientTransformation:
-    """Remembers the gradients it is handed and passes them on: what a user's own step gave its optimizer."""
-
-    def init(params: Any) -> dict[str, Any]:
-        return {"received": jax.tree_util.tree_map(jnp.zeros_like, params)}
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del state, params
-        return updates, {"received": updates}
-
-    return optax.GradientTransformation(init, update)
-
-
-class JaxStepper:
-    """A training run of the port, one compiled step at a time."""
-
-    def __init__(self, program: StepProgram, weights: Observation) -> None:
-        self.program, self.bits = program, program.bits
-        self._seen: dict[str, Any] = {}
-        with environment(self.bits):
-            self.carry = program.start(program.runner._given(weights, self.bits))
-
-    def step(self, batch: Batch, reference: Seen) -> Seen:
-        """One step, fed the draws that the reference's step was served. Raises DrawsDiffer where it asks for others."""
-        with environment(self.bits):
-            moved = batch.map(lambda value: array(value, self.bits))
-            asked = self.program.draws(self.carry, moved.inputs, moved.targets)
-            assert_same_draws(reference.draws, asked, "train step")
-            served = [jnp.asarray(value) for value in reference.served]
-            self.carry, loss, seen = self.program.compiled(served, self.carry, moved.inputs, moved.targets)
-            self._seen = host(seen)
-            return Seen({"loss": np.asarray(loss)})
-
-    def parameters(self) -> Observation:
-        """The parameters after the last step, in the reference's terms."""
-        found: Observation = self._seen["params"]
-        return found
-
-    def seen_gradients(self) -> Observation:
-        """The gradients that the optimizer received in the last step, in the reference's terms."""
-        found: Observation = self._seen["gradients"]
-        return found
-
-    def optimizer_state(self) -> dict[str, Observation]:
-        """The optimizer's state by Optax's field names, in the reference's terms."""
-        found: dict[str, Observation] = self._seen["slots"]
-        return found

@@ -2,184 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from equivalence.errors import UnsupportedDraw
 from equivalence.frameworks.subject import Subject, call
 from equivalence.observation import Batch, Observation, Seen, cotangent
 from equivalence.optimizers import OptimizerPair
 from equivalence.paths import flatten
-from equivalence.randomness import Draw, Tape
+from equivalence.randomness import Tape
+from equivalence.runtimes.torch_environment import DTYPES, environment
+from equivalence.runtimes.torch_tape import TapeMode
 
 SMALL = 100_000
 """Parameters below which a model runs on one thread: sharing its work out costs more than the work."""
-
-DTYPES = {32: torch.float32, 64: torch.float64}
-
-
-@contextlib.contextmanager
-def environment(bits: int, threads: int | None = None) -> Iterator[None]:
-    """Default dtype, threads and matmul precision for a run, no autocast; settings and generator states put back."""
-    dtype, threads_before = torch.get_default_dtype(), torch.get_num_threads()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
-        stack.enter_context(torch.autocast("cpu", enabled=False))
-        if torch.cuda.is_available():
-            stack.enter_context(torch.autocast("cuda", enabled=False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(_highest_precision())
-        if bits == 64:
-            stack.enter_context(_pinned())
-        try:
-            if threads is not None:
-                torch.set_num_threads(threads)
-            torch.set_default_dtype(DTYPES[bits])
-            yield
-        finally:
-            torch.set_num_threads(threads_before)
-            torch.set_default_dtype(dtype)
-
-
-@contextlib.contextmanager
-def _highest_precision() -> Iterator[None]:
-    """Full float32 everywhere, by torch's older and its newer interface; both are put back, even where the user has
-    mixed them, which torch's own getters refuse."""
-    places = [place for place in _precision_places() if hasattr(place, "fp32_precision")]
-    before = [place.fp32_precision for place in places]
-    try:
-        matmul: str | None = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        matmul = None
-    try:
-        torch.set_float32_matmul_precision("highest")
-        for convolutional in _precision_places()[4:6]:
-            convolutional.fp32_precision = "ieee"
-        yield
-    finally:
-        if matmul is not None:
-            torch.set_float32_matmul_precision(matmul)
-        for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value
-
-
-def _precision_places() -> list[Any]:
-    """Everything that has a float32 precision of its own, the general before the particular."""
-    backends: Any = torch.backends
-    particular = [getattr(backends.cudnn, name) for name in ("conv", "rnn")]
-    particular += [getattr(backends.mkldnn, name, None) for name in ("matmul", "conv", "rnn")]
-    return [backends, backends.cudnn, backends.mkldnn, backends.cuda.matmul, *particular]
-
-
-class _Pinned(TorchFunctionMode):
-    """In a float64 run, code that asks for its dtype's limits is told float32's: `RMSNorm(eps=None)` would otherwise
-    be another function in float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.rms_norm, torch.nn.functional.rms_norm) and _eps(args, kwargs) is None:
-            args, kwargs = args[:3], {**kwargs, "eps": torch.finfo(torch.float32).eps}
-        return func(*args, **kwargs)
-
-
-def _eps(args: Any, kwargs: dict[str, Any]) -> Any:
-    return args[3] if len(args) > 3 else kwargs.get("eps")
-
-
-@contextlib.contextmanager
-def _pinned() -> Iterator[None]:
-    ours = torch.finfo
-
-    def finfo(dtype: torch.dtype | None = None) -> torch.finfo:
-        return ours(torch.float32 if dtype in (None, torch.float64) else dtype)
-
-    torch.finfo = finfo  # type: ignore[assignment, misc]
-    try:
-        with _Pinned():
-            yield
-    finally:
-        torch.finfo = ours  # type: ignore[misc]
-
-
-class TapeMode(TorchDispatchMode):
-    """Serves every random operation that reaches the dispatcher from a tape."""
-
-    def __init__(self, tape: Tape) -> None:
-        super().__init__()
-        self.tape = tape
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing here is compiled: without dynamo's guard around every operation a step takes a third less time."""
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        sampler = _SAMPLERS.get(func)
-        if sampler is not None:
-            return sampler(self.tape, func, *args, **(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise UnsupportedDraw(f"the reference draws random numbers by {func}, which the tape cannot serve")
-        return func(*args, **(kwargs or {}))
-
-
-def _standard(tape: Tape, kind: str, like: torch.Tensor) -> torch.Tensor:
-    value = tape.take(Draw(kind, tuple(like.shape)))
-    return torch.from_numpy(np.asarray(value)).to(like)
-
-
-def _bernoulli(tape: Tape, like: torch.Tensor, p: float) -> torch.Tensor:
-    value = tape.take(Draw("bernoulli", tuple(like.shape), float(p)))
-    return torch.from_numpy(np.asarray(value)).to(like)
-
-
-def _native_dropout(tape: Tape, func: Any, x: torch.Tensor, p: float, train: bool | None) -> Any:
-    if train is False or p == 0:
-        return x, torch.ones_like(x, dtype=torch.bool)
-    mask = _bernoulli(tape, x, 1.0 - p)
-    return x * mask / (1.0 - p), mask.bool()
-
-
-_aten = torch.ops.aten
-_SAMPLERS: dict[Any, Callable[..., Any]] = {
-    _aten.bernoulli_.float: lambda tape, f, x, p=0.5, generator=None: x.copy_(_bernoulli(tape, x, p)),
-    _aten.bernoulli.p: lambda tape, f, x, p=0.5, generator=None: _bernoulli(tape, x, p),
-    _aten.native_dropout.default: _native_dropout,
-    _aten.uniform_.default: lambda tape, f, x, low=0.0, high=1.0, generator=None: x.copy_(
-        _standard(tape, "uniform", x) * (high - low) + low
-    ),
-    _aten.normal_.default: lambda tape, f, x, mean=0.0, std=1.0, generator=None: x.copy_(
-        _standard(tape, "normal", x) * std + mean
-    ),
-    _aten.exponential_.default: lambda tape, f, x, rate=1.0, generator=None: x.copy_(
-        _standard(tape, "exponential", x) / rate
-    ),
-}
-
-
-def _factory(kind: str, like: bool) -> Callable[..., Any]:
-    def sample(tape: Tape, func: Any, first: Any, **kwargs: Any) -> torch.Tensor:
-        kwargs.pop("generator", None)
-        empty = torch.empty_like(first, **kwargs) if like else torch.empty(first, **kwargs)
-        return empty.copy_(_standard(tape, kind, empty))
-
-    return sample
-
-
-_SAMPLERS.update(
-    {
-        _aten.rand.default: _factory("uniform", False),
-        _aten.randn.default: _factory("normal", False),
-        _aten.rand_like.default: _factory("uniform", True),
-        _aten.randn_like.default: _factory("normal", True),
-    }
-)
 
 
 def tensor(array: np.ndarray, bits: int) -> torch.Tensor:

@@ -10,7 +10,8 @@ import numpy as np
 from equivalence.observation import Observation
 from equivalence.optimizers import OptimizerPair
 from equivalence.randomness import Draw
-from equivalence.runtimes.torch import TorchRunner, environment, tensor
+from equivalence.runtimes.torch import TorchRunner, tensor
+from equivalence.runtimes.torch_environment import environment
 from equivalence.spec import TrainingData
 
 

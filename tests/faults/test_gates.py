@@ -29,7 +29,7 @@ from equivalence.errors import DivergenceError
 from equivalence.judgement import Judge
 from equivalence.observation import Observation
 from equivalence.pipeline import Structure
-from equivalence.runtimes.jax import JaxStepper
+from equivalence.runtimes.jax_steps import JaxStepper
 from equivalence.sources import SpecSource
 from equivalence.verdict import EXIT_STATUS
 from equivalence.weights import Mapping, Rule
