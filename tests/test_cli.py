@@ -170,8 +170,10 @@ def test_ctrl_c_ends_cleanly(pipeline, capsys):
 
 
 def test_a_real_interrupt_ends_a_real_process_cleanly():
+    # a runner in the background ignores SIGINT, and so would its children
     script = """
-import sys, time, types
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)
 fake = types.ModuleType("equivalence.api")
 def verify_spec(spec, **options):
     print("running", flush=True)
