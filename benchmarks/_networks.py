@@ -377,6 +377,7 @@ MSE, BCE = loss_pairs["mse"](), loss_pairs["bce_with_logits"]()
 MLP = Network("MLP, six decades", Mlp, _mlp_port, _mlp_weights, _mlp_batch(64), BCE, decades=(-3.0, 3.0))
 MLP_OF_TWO = replace(MLP, name="MLP, two rows", batch=_mlp_batch(2))
 SATURATED = replace(MLP, name="saturated loss", decades=(-1.0, 3.0), retarget=_on_the_right_side)
+ALL_SATURATED = replace(SATURATED, name="saturated loss, every example", decades=(1.0, 3.0))
 ATTENTION = Network(
     "attention, key bias",
     Attention,
@@ -398,6 +399,7 @@ BATCH_NORM = Network(
 )
 BATCH_NORM_FAR = replace(BATCH_NORM, name="BatchNorm, input mean 1e4", batch=_regression((13, 7), (13, 5), 1e4))
 DEEP30, DEEP100 = _deep(30, EXAMPLES, 4), _deep(100, EXAMPLES, 8)
+DEEP100_OF_FOUR = replace(DEEP100, name="100 tanh layers, four examples", group=4)
 ROUTED = Network(
     "top-k routing",
     Routed,
@@ -416,11 +418,13 @@ TITANIC_NNX, TITANIC_LINEN = _titanic("nnx"), _titanic("linen")
 RIGHT = (
     MLP,
     SATURATED,
+    ALL_SATURATED,
     ATTENTION,
     BATCH_NORM,
     BATCH_NORM_FAR,
     DEEP30,
     DEEP100,
+    DEEP100_OF_FOUR,
     ROUTED,
     TITANIC_NNX,
     TITANIC_LINEN,

@@ -262,3 +262,19 @@ def test_known_arguments_reach_a_probability() -> None:
     with pytest.raises(UnsupportedDraw, match="depends on data"):
         find(closed)
     assert find(closed, [np.float32(0.25), None])[0].probability == 0.25
+
+
+def test_attention_without_dropout_draws_nothing() -> None:
+    """torch tags its fused attention kernels as random, whatever their dropout."""
+    import torch
+
+    from equivalence.randomness import Tape
+    from equivalence.runtimes.torch_tape import TapeMode
+
+    q = torch.ones(1, 2, 3, 4)
+    tape = Tape((0,))
+    with TapeMode(tape):
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        assert tape.draws == []
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+    assert [draw.kind for draw in tape.draws] == ["bernoulli"]

@@ -29,9 +29,18 @@ class TapeMode(TorchDispatchMode):
         sampler = _SAMPLERS.get(func)
         if sampler is not None:
             return sampler(self.tape, func, *args, **(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and not _drops_nothing(func, args, kwargs or {}):
             raise UnsupportedDraw(f"the reference draws random numbers by {func}, which the tape cannot serve")
         return func(*args, **(kwargs or {}))
+
+
+def _drops_nothing(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operation tagged as random has its dropout at 0 (attention's fused kernels)."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name in ("dropout_p", "dropout"):
+            value = args[place] if place < len(args) else kwargs.get(argument.name, argument.default_value)
+            return value == 0
+    return False
 
 
 def _standard(tape: Tape, kind: str, like: torch.Tensor) -> torch.Tensor:
