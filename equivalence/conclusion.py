@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from equivalence.comparison import STEPS
 from equivalence.judgement import Decision, imprecise, typical_precision
 from equivalence.numerics import U32
 from equivalence.paths import natural, parent
@@ -117,6 +118,11 @@ def concluded(conclusions: Conclusions, name: str) -> CheckReport:
         message = f"less precise than the reference: {path} errs {low[path]:.3g} times as much in float32"
     elif broken:
         verdict, message = "inconclusive", f"NaN or infinity on both sides in {', '.join(broken[:5])}"
+    elif _only_early_steps(conclusions, name, decisions):
+        verdict, message = (
+            "inconclusive",
+            "rounding decides an update in every example: no example's later steps were judged",
+        )
     elif resolution is not None and resolution > conclusions.resolution:
         verdict = "inconclusive"
         message = (
@@ -133,6 +139,13 @@ def concluded(conclusions: Conclusions, name: str) -> CheckReport:
         worst=worst.finding.path,
         message=message,
     )
+
+
+def _only_early_steps(conclusions: Conclusions, name: str, decisions: Sequence[Decision]) -> bool:
+    """Whether chaos ended every example before its last step: what shows only from step 2 on was never looked at."""
+    if name not in ("step", "optimizer_state") or all(caveat.kind != "chaos" for caveat in conclusions.caveats):
+        return False
+    return not any(d.finding.path.startswith(f"step{STEPS}.") for d in decisions)
 
 
 def _empty(conclusions: Conclusions, name: str) -> CheckReport:
