@@ -306,3 +306,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, status: int) -> int:
     click.echo(f"equivalence: {message}", err=True)
     return status
+
+
+if __name__ == "__main__":
+    main()
