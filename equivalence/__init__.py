@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from equivalence import losses, optimizers
     from equivalence.api import verify
     from equivalence.errors import (
         DivergenceError,
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     )
     from equivalence.frameworks.function import function
     from equivalence.frameworks.linen import linen
+    from equivalence.optimizers.schedules import to_schedule
+    from equivalence.optimizers.state import load_optimizer_state, optimizer_state
+    from equivalence.optimizers.translate import to_optax
     from equivalence.spec import BatchPlan, Spec, TrainingData
     from equivalence.verdict import Report
     from equivalence.weights import Mapping, Rule
@@ -44,6 +48,12 @@ __all__ = [
     "__version__",
     "function",
     "linen",
+    "load_optimizer_state",
+    "losses",
+    "optimizer_state",
+    "optimizers",
+    "to_optax",
+    "to_schedule",
     "verify",
 ]
 
@@ -61,11 +71,19 @@ _HOMES = {
     "TrainingData": "equivalence.spec",
     "function": "equivalence.frameworks.function",
     "linen": "equivalence.frameworks.linen",
+    "load_optimizer_state": "equivalence.optimizers.state",
+    "optimizer_state": "equivalence.optimizers.state",
+    "to_optax": "equivalence.optimizers.translate",
+    "to_schedule": "equivalence.optimizers.schedules",
     "verify": "equivalence.api",
 }
 
+_PACKAGES = ("losses", "optimizers")
+
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -16,7 +16,7 @@ Family = Literal["plain", "loss", "output_gradient", "loss_gradient"]
 """How a leaf's scale is found. The derivative of a saturated loss is exactly 0 on one side and rounding on the other:
 the loss, its derivative by the outputs and the gradients under it are also held against the largest of their kind."""
 
-Run = Literal["once", "observe", "state", "steps", "jit", "training"]
+Run = Literal["once", "observe", "state", "steps", "jit", "handover", "training"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,12 @@ def jit(path: str) -> Family | None:
     """The compiled port against itself not compiled."""
     claimed = (outputs(path), loss(path), input_gradients(path), parameter_gradients(path))
     return next((family for family in claimed if family is not None), None)
+
+
+@check("handover", "handover")
+def handover(path: str) -> Family | None:
+    """A run begun on one side and gone on with on the other: weights, optimizer state and schedule moved."""
+    return step(path) or optimizer_state(path)
 
 
 @check("training", "training")

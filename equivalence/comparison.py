@@ -30,9 +30,6 @@ DECIDED = 1e-3
 ULP = 2.0**-52
 """How far a noise run moves each weight, relative: one ulp of float64."""
 
-SLOTS = {"exp_avg": "mu", "exp_avg_sq": "nu", "momentum_buffer": "trace", "step": "count"}
-"""torch's name of a piece of optimizer state, and Optax's."""
-
 
 @dataclass(frozen=True)
 class Example:
@@ -132,6 +129,8 @@ class Comparison:
     _inert: dict[str, bool] = field(default_factory=dict)
     _programs: dict[tuple[int, bool], Any] = field(default_factory=dict)
     _draws: dict[int, list[Seen]] = field(default_factory=dict)
+    _fields: dict[str, str] = field(default_factory=dict)
+    """torch's name of each piece of optimizer state, and the field that holds it in Optax's."""
 
     # --- observe -----------------------------------------------------------------------------------------------
 
@@ -253,10 +252,10 @@ class Comparison:
             seen = {bits: stepper.step(batch, seed) for bits, stepper in ours.items()}
             losses = {bits: stepper.step(batch, seen[64]) for bits, stepper in theirs.items()}
             four = Four(
-                seen[32].values | _stepped(ours[32]),
-                seen[64].values | _stepped(ours[64]),
-                losses[32].values | self._port_stepped(theirs[32], ours[32]),
-                losses[64].values | self._port_stepped(theirs[64], ours[64]),
+                seen[32].values | stepped(ours[32]),
+                seen[64].values | stepped(ours[64]),
+                losses[32].values | port_stepped(theirs[32], ours[32], self.unmatched_slots),
+                losses[64].values | port_stepped(theirs[64], ours[64], self.unmatched_slots),
             )
             measures = four.measures(example.elements)
             gradients: dict[str, Gradient] = {}
@@ -275,18 +274,6 @@ class Comparison:
                         findings.append(Finding(name, where, at, family, m, example.ordinary, size=run.size))
             yield findings
 
-    def _port_stepped(self, stepper: Any, reference: Any) -> Observation:
-        state = stepper.optimizer_state()
-        found = {f"parameters.{path}": value for path, value in stepper.parameters().items()}
-        found |= {f"gradients.{path}": value for path, value in stepper.seen_gradients().items()}
-        for slot in reference.optimizer_state():
-            leaves = state.get(SLOTS.get(slot, ""), {})
-            if not leaves:
-                self.unmatched_slots.add(slot)
-            for path, value in leaves.items():
-                found[f"optimizer.{slot}.{path}".rstrip(".")] = _counter(value) if path == "" else value
-        return found
-
     def _steps64(
         self, example: Example, noise: list[dict[str, np.ndarray]] | None, seed: int, amplitude: float
     ) -> Observation:
@@ -304,7 +291,7 @@ class Comparison:
                 }
             batch = example.batches[number % len(example.batches)]
             with _rounding(None if noise is None else seed + STEPS * number, amplitude):
-                seen = stepper.step(batch, example.step_seed(number)).values | _stepped(stepper)
+                seen = stepper.step(batch, example.step_seed(number)).values | stepped(stepper)
             found |= {f"step{number + 1}.{path}": np.array(value) for path, value in seen.items()}
         return found
 
@@ -327,7 +314,7 @@ class Comparison:
 
         served = self._served(example)
         stepper = JaxStepper(self.program(64, gradients=False), weights)
-        names = {field_: slot for slot, field_ in SLOTS.items()}
+        names = {field_: slot for slot, field_ in self._fields.items()}
         for number in range(STEPS):
             batch = example.batches[number % len(example.batches)]
             found = stepper.step(batch, served[number]).values
@@ -341,6 +328,7 @@ class Comparison:
         if example.index not in self._draws:
             rates = self.optimizer.rates(STEPS)
             stepper = self.stepping_reference.stepper(64, example.weights, self.optimizer, rates)
+            self._fields = stepper.fields()
             seeds = [(example.batches[n % len(example.batches)], example.step_seed(n)) for n in range(STEPS)]
             self._draws = {example.index: [stepper.step(batch, seed) for batch, seed in seeds]}
         return self._draws[example.index]
@@ -353,6 +341,10 @@ class Comparison:
         Four float64 runs of it: weights moved by one ulp, or for steps the gradients jittered by what they may differ;
         and the result of every operation moved by one ulp (all of them times `amplitude`).
         """
+        if where[0] == "handover":
+            plain = {path: path.partition(".")[2] for path in paths}
+            found = self.noise(example, ("steps", where[1]), sorted(set(plain.values())), amplitude)
+            return {path: found[plain[path]] for path in paths}
         largest = dict.fromkeys(paths, 0.0)
         base = self._noise_run(example, where, None, amplitude)
         for number in range(NOISE_RUNS):
@@ -463,13 +455,27 @@ def _counter(value: Any) -> np.ndarray:
     return np.asarray(value).astype(np.int64)
 
 
-def _stepped(stepper: Any) -> Observation:
-    """The reference after a step, by the paths of the step checks; one counter stands for all leaves'."""
+def stepped(stepper: Any) -> Observation:
+    """The reference after a step, by the paths of the step checks."""
     found = {f"parameters.{path}": value for path, value in stepper.parameters().items()}
     found |= {f"gradients.{path}": value for path, value in stepper.seen_gradients().items()}
     for slot, leaves in stepper.optimizer_state().items():
-        if slot == "step":
-            found["optimizer.step"] = _counter(next(iter(leaves.values())))
-        else:
-            found |= {f"optimizer.{slot}.{path}": value for path, value in leaves.items()}
+        count = _counter if slot == "step" else np.asarray
+        found |= {f"optimizer.{slot}.{path}": count(value) for path, value in leaves.items()}
+    return found
+
+
+def port_stepped(stepper: Any, reference: Any, unmatched: set[str]) -> Observation:
+    """The port after a step, by the same paths; slots of the reference's that it lacks go to `unmatched`."""
+    found = {f"parameters.{path}": value for path, value in stepper.parameters().items()}
+    found |= {f"gradients.{path}": value for path, value in stepper.seen_gradients().items()}
+    state, fields = stepper.optimizer_state(), reference.fields()
+    for slot, held in reference.optimizer_state().items():
+        leaves = state.get(fields.get(slot, ""), {})
+        if not leaves:
+            unmatched.add(slot)
+        shared = dict.fromkeys(held, leaves[""]) if "" in leaves else {}
+        for path, value in {**shared, **leaves}.items():
+            if path:
+                found[f"optimizer.{slot}.{path}"] = _counter(value) if slot == "step" else value
     return found

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 ILL_CONDITIONED = 1e-3
 """Relative float32 error of the reference beyond which float32 says little of it."""
 
+STEPWISE = ("step", "optimizer_state", "handover")
+"""The checks that follow optimizer steps."""
+LOST = "rounding decides an update in every example: no example's later steps were judged"
+
 EMPTY = {
     "loss": "no loss was given",
     "input_gradients": "no input is floating",
@@ -35,6 +39,7 @@ EMPTY = {
     "state": "the model has no buffers",
     "step": "no parameter is trainable",
     "optimizer_state": "the optimizer keeps no state",
+    "handover": "no parameter is trainable",
 }
 """Why a check may have had nothing to compare."""
 
@@ -119,10 +124,7 @@ def concluded(conclusions: Conclusions, name: str) -> CheckReport:
     elif broken:
         verdict, message = "inconclusive", f"NaN or infinity on both sides in {', '.join(broken[:5])}"
     elif _only_early_steps(conclusions, name, decisions):
-        verdict, message = (
-            "inconclusive",
-            "rounding decides an update in every example: no example's later steps were judged",
-        )
+        verdict, message = "inconclusive", LOST
     elif resolution is not None and resolution > conclusions.resolution:
         verdict = "inconclusive"
         message = (
@@ -143,14 +145,16 @@ def concluded(conclusions: Conclusions, name: str) -> CheckReport:
 
 def _only_early_steps(conclusions: Conclusions, name: str, decisions: Sequence[Decision]) -> bool:
     """Whether chaos ended every example before its last step: what shows only from step 2 on was never looked at."""
-    if name not in ("step", "optimizer_state") or all(caveat.kind != "chaos" for caveat in conclusions.caveats):
+    if name not in STEPWISE or all(caveat.kind != "chaos" for caveat in conclusions.caveats):
         return False
-    return not any(d.finding.path.startswith(f"step{STEPS}.") for d in decisions)
+    return not any(f"step{STEPS}." in d.finding.path for d in decisions)
 
 
 def _empty(conclusions: Conclusions, name: str) -> CheckReport:
     if name in conclusions.stopped:
         return CheckReport(name, "inconclusive", message=f"not judged: {conclusions.stopped[name]}")
+    if name in STEPWISE and any(caveat.kind == "chaos" for caveat in conclusions.caveats):
+        return CheckReport(name, "inconclusive", message=LOST)
     if name == "optimizer_state" and conclusions.unmatched:
         slots = ", ".join(sorted(conclusions.unmatched))
         return CheckReport(name, "inconclusive", message=f"the port's optimizer state holds no counterpart of {slots}")

@@ -20,6 +20,7 @@ from equivalence.conclusion import Conclusions, conclude
 from equivalence.conventions import at_a_tie, dtype_dependence
 from equivalence.errors import DrawsDiffer, EquivalenceError, InputError, UnsupportedDraw
 from equivalence.events import CheckFinished, Event, Finished, PortFinished, PortStarted, Progress, Started
+from equivalence.handover import handed_over
 from equivalence.judgement import Decision, Judge, Noise
 from equivalence.plants import plant
 from equivalence.spec import TrainingData
@@ -116,7 +117,7 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
             first = work.first = structure_
             if not _standing(work, structure_):
                 break
-        if not any(work.wants(kind) for kind in ("observe", "state", "steps", "jit")):
+        if not any(work.wants(kind) for kind in ("observe", "state", "steps", "jit", "handover")):
             break
         judge = Judge()
         for example in structure_.examples:
@@ -129,7 +130,8 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
         work.conclusions.take(decisions)
         work.conclusions.unmatched |= structure_.comparison.unmatched_slots
         if judge.lost:
-            text = f"rounding decides an update in {len(judge.lost)} examples; the steps after it were not judged"
+            lost = len({where[1] for where in judge.lost})
+            text = f"rounding decides an update in {lost} examples; the steps after it were not judged"
             work.conclusions.caveat("chaos", text, check="step")
         if structure_ is first:
             decided = decisions
@@ -198,13 +200,14 @@ def _first_line(error: BaseException) -> str:
 def _observe(work: Work, structure_: Structure, example: Example, judge: Judge) -> None:
     """All runs of one example; other draws on the port's side are a divergence of the first check that sees them."""
     comparison, observing = structure_.comparison, work.wants("observe")
+    stepping = [*work.wants("steps"), *work.wants("handover")]
     # steps need the scale of their gradients, which the train-mode observation measures
-    modes = (False, True) if observing or work.wants("jit") else (True,) if work.wants("steps") else ()
+    modes = (False, True) if observing or work.wants("jit") else (True,) if stepping else ()
     for train in modes:
         try:
             findings, four, measures = comparison.observed(example, train, observing)
         except (DrawsDiffer, UnsupportedDraw) as error:
-            name = (*observing, *work.wants("steps"), "jit")[0]
+            name = (*observing, *stepping, "jit")[0]
             _other_draws(work, name, error, train)
             work.blind.add(train)
             continue
@@ -221,8 +224,22 @@ def _observe(work: Work, structure_: Structure, example: Example, judge: Judge) 
         if work.wants("steps") and structure_.trainable:
             for found in comparison.stepped(example, work.wants("steps")):
                 judge.add(found)
+        if work.wants("handover") and structure_.trainable:
+            _hand_over(work, comparison, example, judge)
     except (DrawsDiffer, UnsupportedDraw) as error:
         _other_draws(work, "state" if work.wants("state") and structure_.reference.buffers else "step", error, True)
+
+
+def _hand_over(work: Work, comparison: Comparison, example: Example, judge: Judge) -> None:
+    """The findings of `handover`; a state that cannot be moved says so, once."""
+    if ("steps", example.index) not in comparison.gradients:
+        for _ in comparison.stepped(example, ()):
+            """How the gradients compare is what the noise of later steps follows from."""
+    try:
+        for found in handed_over(comparison, example):
+            judge.add(found)
+    except InputError as error:
+        work.conclusions.direct(CheckReport("handover", "inconclusive", message=str(error)))
 
 
 def _one_sided(work: Work, paths: list[str], train: bool) -> None:
@@ -241,7 +258,9 @@ def _other_draws(work: Work, name: str, error: DrawsDiffer | UnsupportedDraw, tr
     check = CheckReport(name, verdict, examples=1, worst=f"{mode}.draws", message=str(error))  # type: ignore[arg-type]
     work.conclusions.direct(check)
     later = work.plan.checks[work.plan.checks.index(name) + 1 :] if train else ()
-    work.conclusions.stop([n for n in later if REGISTRY[n].run in ("steps", "state", "training")], str(error))
+    work.conclusions.stop(
+        [n for n in later if REGISTRY[n].run in ("steps", "state", "handover", "training")], str(error)
+    )
 
 
 def _differs(structure_: Structure, plan: Plan, conclusions: Conclusions) -> bool:

@@ -64,11 +64,12 @@ def compared(
     ours, theirs = parts.losses or (None, None)
     step, port_step = parts.steps or (None, None)
     stepping = ours or on_torch.projection(seed), theirs or on_jax.projection(seed)
+    trained = [path for path in reference.params if path not in reference.frozen]
     comparison = Comparison(
         on_torch.TorchRunner(reference, ours, parts.select),
         on_jax.JaxRunner(port, bound, theirs, parts.select, frozen=reference.frozen),
         on_torch.TorchRunner(reference, stepping[0], parts.select, step),
-        on_jax.JaxRunner(port, bound, stepping[1], parts.select, port_step, reference.frozen),
+        on_jax.JaxRunner(port, bound, stepping[1], parts.select, port_step, reference.frozen, trained),
         parts.optimizer,
     )
     return bound, comparison

@@ -24,6 +24,7 @@ CHECKS: tuple[str, ...] = (
     "step",
     "optimizer_state",
     "jit",
+    "handover",
     "training",
 )
 """The names of all checks, in the order in which they run and are shown."""

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 import equivalence as eq
 from equivalence import losses
 from equivalence.losses import LossPair
+from equivalence.optimizers import PAIRS as OPTIMIZERS
+from equivalence.optimizers.translate import to_optax
 from equivalence.weights import Mapping, Rule
 
 LINEAR = (
@@ -296,3 +298,13 @@ PAIRS: dict[str, Callable[..., Pair]] = {
     "deep": deep,
     "router": router,
 }
+
+
+def translated(name: str) -> Any:
+    """The port's side of a named pair of optimizers, to be put beside the reference of another."""
+
+    def port(rate: Any) -> Any:
+        optimizer = OPTIMIZERS[name].reference([torch.nn.Parameter(torch.zeros(1))], OPTIMIZERS[name].learning_rate)
+        return to_optax(optimizer, scheduler=rate if callable(rate) else None)
+
+    return port

@@ -427,6 +427,10 @@ def nnx_spoilt() -> NnxMLP:
     return port
 
 
+class OwnSGD(torch.optim.SGD):
+    """A stranger's class: its steps could be anything."""
+
+
 def using(port: Any = None, **options: Any) -> eq.Report:
     return eq.verify(torch_mlp(), NnxMLP() if port is None else port, (X,), **options)
 
@@ -450,7 +454,8 @@ UNUSABLE: dict[str, tuple[Callable[[], Any], str]] = {
     "one loss": (lambda: using(loss=huber), "reference_loss, port_loss"),
     "one step": (lambda: using(train_step=torch_step), "reference_step, port_step"),
     "optax": (lambda: using(optimizer=(sgd, 3)), "the second has no init and update"),
-    "translation": (lambda: using(optimizer=torch.optim.Rprop), "no translation of Rprop yet"),
+    "translation": (lambda: using(optimizer=OwnSGD), "OwnSGD is not an optimizer of torch.optim"),
+    "rows": (lambda: using(optimizer=torch.optim.SparseAdam), "SparseAdam moves the rows of a sparse gradient"),
     "outputs": (lambda: using(outputs=1.5), "a key, an index or a callable"),
     "port_weights": (lambda: using(port_weights="kept"), "unknown port_weights 'kept'"),
     "examples": (lambda: using(examples=0), "examples must be at least 1"),

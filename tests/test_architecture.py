@@ -21,6 +21,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(
         (
             "comparison",
+            "handover",
             "coverage",
             "recordings",
             "structural",
@@ -37,7 +38,7 @@ FLOORS: dict[str, int] = {
 }
 
 FRAMEWORKS = {"torch", "jax", "jaxlib", "flax", "optax", "equinox", "transformers"}
-ADAPTERS = ("frameworks", "runtimes", "loops")
+ADAPTERS = ("frameworks", "runtimes", "loops", "optimizers", "losses")
 
 EXCEPTIONS = {
     # `assert_equivalent` words its own error; imported inside the method, so that data still flows down.

@@ -36,6 +36,7 @@ from tests.pairings import (  # noqa: E402
     torch_mlp,
     torch_step,
 )
+from tests.pairs import translated  # noqa: E402
 
 X, Y = rows(0, 6, 5), rows(1, 6, 3)
 
@@ -280,7 +281,7 @@ def test_every_pair_of_optimizers_takes_the_same_steps(name: str) -> None:
 
 def test_two_optimizers_are_not_each_other() -> None:
     for first, second in (("adam", "adamw"), ("momentum", "nesterov"), ("sgd", "sgd_decay"), ("adam_decay", "adamw")):
-        sides = PAIRS[first].reference, PAIRS[second].port
+        sides = PAIRS[first].reference, translated(second)
         rate = PAIRS[first].learning_rate
         mixed = (lambda p, side=sides[0], rate=rate: side(p, rate), sides[1](rate))
         assert judged(torch_mlp(), NnxMLP(), optimizer=mixed, checks=["step"]).verdict == "divergent"

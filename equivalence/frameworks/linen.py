@@ -137,4 +137,11 @@ def _own_step(model: LinenModel, variables: Callable[[Flat, Flat], dict[str, Any
                 found.update(_flat(getattr(state, name)))
         return found
 
-    return OwnStep(init, step, lambda state: _flat(state.params), buffers, lambda state: state.opt_state)
+    return OwnStep(
+        init=init,
+        step=step,
+        params=lambda state: _flat(state.params),
+        buffers=buffers,
+        optimizer=lambda state: state.opt_state,
+        with_optimizer=lambda state, moved: state.replace(opt_state=moved),
+    )

@@ -131,12 +131,18 @@ def _own_step(merge: Callable[..., nnx.Module]) -> OwnStep:
     def model_of(carry: Any) -> Any:
         return _split(nnx.merge(carry.graph, carry.state, copy=True)[0])
 
+    def with_optimizer(carry: Any, state: Any) -> Any:
+        model, optimizer = nnx.merge(carry.graph, carry.state, copy=True)
+        optimizer.opt_state = state
+        return _Carry(*split(model, optimizer))
+
     return OwnStep(
         init=init,
         step=step,
         params=lambda carry: _flat(model_of(carry)[1]),
         buffers=lambda carry: _flat(model_of(carry)[3]),
         optimizer=lambda carry: nnx.merge(carry.graph, carry.state, copy=True)[1].opt_state,
+        with_optimizer=with_optimizer,
     )
 
 

@@ -20,7 +20,8 @@ class OwnStep:
     """How a JAX framework runs a train step that the user wrote on the framework's own objects.
 
     `init(params, buffers, transformation) -> carry` and `step(user_step, carry, inputs, targets) -> (carry, loss)`
-    are traceable; `params(carry)`, `buffers(carry)` are flat, `optimizer(carry)` is the Optax state.
+    are traceable; `params(carry)`, `buffers(carry)` are flat, `optimizer(carry)` is the Optax state
+    and `with_optimizer(carry, state)` the carry with another.
     """
 
     init: Callable[[Flat, Flat, Any], Any]
@@ -28,6 +29,7 @@ class OwnStep:
     params: Callable[[Any], Flat]
     buffers: Callable[[Any], Flat]
     optimizer: Callable[[Any], Any]
+    with_optimizer: Callable[[Any, Any], Any]
 
 
 @dataclass(frozen=True, eq=False)

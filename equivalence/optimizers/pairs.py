@@ -1,116 +1,125 @@
 """Pairs of a torch optimizer and the Optax transformation that takes the same steps.
 
 A pair makes its two sides for a sequence of learning rates, one a step, so that a convention which only shows when
-the learning rate moves is seen. Formulas: https://docs.pytorch.org/docs/stable/optim.html and
-https://optax.readthedocs.io/en/latest/api/optimizers.html.
+the learning rate moves is seen. Where the port's side is not the user's own, it is torch's, translated (`to_optax`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from equivalence.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from equivalence.weights import Bound
 
 
 @dataclass(frozen=True)
 class OptimizerPair:
     """`reference(params, learning_rate) -> torch optimizer`, `port(learning_rate or schedule) -> Optax transformation`.
 
-    `changes_rate` is False when the port's transformation is the user's own and its learning rate cannot be moved.
-    `note` is what the report has to say about where the pair came from.
+    `port` of None translates the reference's. `scheduler` makes a torch scheduler for the reference's optimizer, which
+    is stepped after each optimizer step. `changes_rate` is False when the learning rate is not ours to move: it is the
+    user's own transformation, or a scheduler's. `note` is what the report has to say about where the pair came from.
     """
 
     name: str
     summary: str
     learning_rate: float
     reference: Callable[[Iterable[Any], float], Any]
-    port: Callable[[Any], Any]
+    port: Callable[[Any], Any] | None = None
     changes_rate: bool = True
     note: str | None = None
+    scheduler: Callable[[Any], Any] | None = None
 
     def rates(self, steps: int) -> list[float]:
         """The learning rate of each step: representable in float32, moving up and down when the pair allows it."""
         factors = (1.0, 0.5, 1.5, 0.25, 2.0) if self.changes_rate else (1.0,)
         return [float(self.learning_rate * factors[step % len(factors)]) for step in range(steps)]
 
+    def transformation(self, rates: Sequence[float], trained: Mapping[str, tuple[int, ...]], bound: Bound) -> Any:
+        """The port's transformation for a sequence of learning rates.
+
+        Args:
+            rates: one a step.
+            trained: shapes of the reference's parameters that are trained, in its order.
+            bound: where they are in the port.
+        """
+        rate = schedule(rates) if self.changes_rate else self.learning_rate
+        if self.port is not None:
+            return self.port(rate)
+        return _translated(self, rate if self.changes_rate else None, trained, bound)
+
+
+def _translated(pair: OptimizerPair, rate: Any, trained: Mapping[str, tuple[int, ...]], bound: Bound) -> Any:
+    import optax
+    import torch
+
+    from equivalence.optimizers.translate import Names, translation
+    from equivalence.weights import Leaves
+
+    parameters = {name: torch.nn.Parameter(torch.empty(shape, device="meta")) for name, shape in trained.items()}
+    optimizer = pair.reference(list(parameters.values()), pair.learning_rate)
+    scheduler = rate if pair.scheduler is None else pair.scheduler(optimizer)
+    names = Names(Leaves(dict(trained)), {}, frozenset())
+    # One group moves every leaf that it is handed, frozen ones too: that they stay is for the port's own step to show.
+    known = {id(p): name for name, p in parameters.items()} if len(optimizer.param_groups) > 1 else None
+    made = translation(optimizer, scheduler, names, known, bound)
+    return optax.GradientTransformationExtraArgs(made.init, made.update)
+
 
 def schedule(rates: Sequence[float]) -> Any:
     """An Optax schedule that reads its learning rate off a list; past the end it keeps the last."""
     import jax.numpy as jnp
 
-    table = np.asarray(rates, np.float64)
-    return lambda count: jnp.take(jnp.asarray(table), count, mode="clip")
+    # a list, made an array where it is traced: JAX would remember one NumPy table's dtype when x64 is switched
+    table = [float(rate) for rate in rates]
+    return lambda count: jnp.take(jnp.asarray(list(table)), count, mode="clip")
 
 
-def _sgd(**options: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
-    decay = options.get("weight_decay", 0.0)
-
+def _pair(name: str, summary: str, rate: float, kind: str, **options: Any) -> OptimizerPair:
     def reference(params: Iterable[Any], learning_rate: float) -> Any:
         import torch
 
-        return torch.optim.SGD(params, lr=learning_rate, **options)
+        return getattr(torch.optim, kind)(params, lr=learning_rate, **options)
 
-    def port(learning_rate: Any) -> Any:
-        import optax
-
-        # torch adds the decay to the gradient before the momentum sees it
-        momentum = options.get("momentum", 0.0) or None
-        return optax.chain(
-            optax.add_decayed_weights(decay) if decay else optax.identity(),
-            optax.sgd(learning_rate, momentum=momentum, nesterov=options.get("nesterov", False)),
-        )
-
-    return reference, port
-
-
-def _adam(decoupled: bool = False, **options: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
-    betas, eps = options.get("betas", (0.9, 0.999)), options.get("eps", 1e-8)
-    decay = options.get("weight_decay", 0.0)
-
-    def reference(params: Iterable[Any], learning_rate: float) -> Any:
-        import torch
-
-        kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-        return kind(params, lr=learning_rate, **{"weight_decay": 0.0, **options})
-
-    def port(learning_rate: Any) -> Any:
-        import optax
-
-        if decoupled:
-            return optax.adamw(learning_rate, b1=betas[0], b2=betas[1], eps=eps, weight_decay=decay)
-        return optax.chain(
-            optax.add_decayed_weights(decay) if decay else optax.identity(),
-            optax.adam(learning_rate, b1=betas[0], b2=betas[1], eps=eps),
-        )
-
-    return reference, port
-
-
-def _pair(name: str, summary: str, rate: float, sides: tuple[Callable[..., Any], Callable[..., Any]]) -> OptimizerPair:
-    return OptimizerPair(name, summary, rate, *sides)
+    return OptimizerPair(name, summary, rate, reference)
 
 
 PAIRS: dict[str, OptimizerPair] = {
     pair.name: pair
     for pair in (
-        _pair("sgd", "plain gradient descent", 0.05, _sgd()),
-        _pair("momentum", "SGD, momentum 0.9 (heavy ball)", 0.02, _sgd(momentum=0.9)),
-        _pair("nesterov", "SGD, Nesterov momentum 0.9", 0.02, _sgd(momentum=0.9, nesterov=True)),
+        _pair("sgd", "plain gradient descent", 0.05, "SGD"),
+        _pair("momentum", "SGD, momentum 0.9 (heavy ball)", 0.02, "SGD", momentum=0.9),
+        _pair("nesterov", "SGD, Nesterov momentum 0.9", 0.02, "SGD", momentum=0.9, nesterov=True),
         _pair(
             "sgd_decay",
             "SGD, momentum 0.9, weight decay 0.01 added to the gradient",
             0.02,
-            _sgd(momentum=0.9, weight_decay=0.01),
+            "SGD",
+            momentum=0.9,
+            weight_decay=0.01,
         ),
-        _pair("adam", "Adam", 0.01, _adam()),
-        _pair("adam_decay", "Adam, weight decay 0.01 added to the gradient", 0.01, _adam(weight_decay=0.01)),
-        _pair("adamw", "AdamW, decoupled weight decay 0.01", 0.01, _adam(decoupled=True, weight_decay=0.01)),
+        _pair("adam", "Adam", 0.01, "Adam"),
+        _pair("adam_decay", "Adam, weight decay 0.01 added to the gradient", 0.01, "Adam", weight_decay=0.01),
+        _pair("adamw", "AdamW, decoupled weight decay 0.01", 0.01, "AdamW", weight_decay=0.01),
+        _pair("amsgrad", "Adam with the largest second moment so far", 0.01, "Adam", amsgrad=True),
+        _pair("adamax", "Adamax: Adam under the largest gradient", 0.01, "Adamax"),
+        _pair("nadam", "NAdam: Adam with Nesterov momentum on torch's momentum schedule", 0.01, "NAdam"),
+        _pair("radam", "RAdam: Adam that starts as SGD with momentum", 0.01, "RAdam"),
+        _pair("rmsprop", "RMSprop, eps outside the square root", 0.005, "RMSprop"),
+        _pair("rmsprop_centered", "RMSprop, centered, momentum 0.9", 0.005, "RMSprop", centered=True, momentum=0.9),
+        _pair("adagrad", "Adagrad", 0.05, "Adagrad"),
+        _pair("adadelta", "Adadelta", 1.0, "Adadelta"),
+        _pair("rprop", "Rprop: signs of the gradients alone", 0.01, "Rprop"),
+        _pair("asgd", "ASGD: averaged gradient descent", 0.05, "ASGD"),
+        _pair("adafactor", "Adafactor: second moments of rows and columns", 0.01, "Adafactor"),
     )
 }
+"""Optimizers that suit any model. Muon moves matrices only, SparseAdam rows, LBFGS takes a closure: pass them as your
+own torch factory, and they are translated."""
 
 
 def resolve(optimizer: Any) -> OptimizerPair:
@@ -118,9 +127,9 @@ def resolve(optimizer: Any) -> OptimizerPair:
 
     Args:
         optimizer: None (Adam), a name in `PAIRS`, a pair (torch factory, Optax transformation), or a torch factory
-            alone, a callable from parameters to an optimizer, which is translated.
+            alone, which is translated: a callable from parameters to an optimizer, or to (optimizer, scheduler).
 
-    Raises InputError for anything else, and for a torch optimizer that has no translation yet.
+    Raises InputError for anything else, and for a torch optimizer that has no translation.
     """
     if optimizer is None:
         return PAIRS["adam"]
@@ -134,57 +143,71 @@ def resolve(optimizer: Any) -> OptimizerPair:
         factory, transformation = optimizer
         if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
             raise InputError("optimizer=(torch factory, Optax transformation): the second has no init and update")
+        rate = float(_probe(factory)[0].param_groups[0]["lr"])
+        reference, scheduler = _sides(factory)
         return OptimizerPair(
-            "yours", "your own pair", _rate(factory), lambda p, _: factory(p), lambda _: transformation, False
+            "yours", "your own pair", rate, reference, lambda _: transformation, False, None, scheduler
         )
     if callable(optimizer):
-        return _translated(optimizer)
+        return _read(optimizer)
     raise InputError(
         "optimizer= takes None, a name, a torch factory, or (torch factory, Optax transformation),"
         f" not {type(optimizer).__name__}"
     )
 
 
-def _probe(factory: Callable[..., Any]) -> Any:
+def _probe(factory: Callable[..., Any]) -> tuple[Any, Any]:
+    """`(optimizer, scheduler or None)` of a factory, on one small matrix."""
     import torch
 
     try:
-        return factory([torch.nn.Parameter(torch.zeros(1))])
+        made = factory([torch.nn.Parameter(torch.zeros(2, 1))])
     except Exception as error:
         raise InputError(f"the torch optimizer factory fails on one parameter: {error}") from None
+    return made if isinstance(made, tuple) else (made, None)
 
 
-def _rate(factory: Callable[..., Any]) -> float:
-    return float(_probe(factory).param_groups[0]["lr"])
+def _sides(factory: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+    """A factory's optimizer, and its scheduler made for such an optimizer."""
+    scheduled = _probe(factory)[1] is not None
+    if not scheduled:
+        return (lambda params, _: factory(params)), None
+
+    def reference(params: Iterable[Any], _: float) -> Any:
+        optimizer, scheduler = factory(params)
+        optimizer.equivalence_scheduler = scheduler
+        return optimizer
+
+    return reference, lambda optimizer: optimizer.equivalence_scheduler
 
 
-def _translated(factory: Callable[..., Any]) -> OptimizerPair:
-    """A torch factory alone: its optimizer's options read and translated, and the report says so."""
-    made = _probe(factory)
-    kind, options = type(made).__name__, made.param_groups[0]
-    ignored = {"params", "lr", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
-    rest = {name: value for name, value in options.items() if name not in ignored and value not in (False, None)}
-    if kind == "SGD" and type(made).__module__.startswith("torch.optim"):
-        allowed, make = {"momentum", "dampening", "weight_decay", "nesterov"}, _sgd
-    elif kind in ("Adam", "AdamW") and type(made).__module__.startswith("torch.optim"):
-        allowed, make = {"betas", "eps", "weight_decay"}, _adam
-    else:
-        raise InputError(f"no translation of {kind} yet: pass optimizer=(torch factory, Optax transformation)")
-    beyond = [name for name, value in rest.items() if name not in allowed or (name == "dampening" and value)]
-    if beyond:
+def _read(factory: Callable[..., Any]) -> OptimizerPair:
+    """A torch factory alone: its optimizer is translated, and the report says so."""
+    from equivalence.optimizers.translate import translation
+
+    optimizer, scheduler = _probe(factory)
+    kind = type(optimizer).__name__
+    if hasattr(optimizer, "param_groups") and kind == "SparseAdam":
         raise InputError(
-            f"no translation of {kind} with {', '.join(beyond)} yet: pass (torch factory, Optax transformation)"
+            "SparseAdam moves the rows of a sparse gradient, and JAX's gradients are dense: to_optax translates it,"
+            " with received= saying which rows; verify has no such rows to hand over"
         )
-    settings = {name: value for name, value in rest.items() if name != "dampening"}
-    decoupled = {"decoupled": True} if kind == "AdamW" else {}
-    _, port = make(**decoupled, **settings)
+    names = _single(optimizer)
+    translation(optimizer, scheduler, names, {id(p): str(i) for i, p in enumerate(_params(optimizer))}, None)
     note = f"{kind} was translated to Optax by this project; it is not your own transformation that was checked"
-    return OptimizerPair(
-        kind.lower(),
-        f"{kind}, translated",
-        float(options["lr"]),
-        lambda params, _: factory(params),
-        port,
-        True,
-        note,
-    )
+    reference, made = _sides(factory)
+    rate = float(optimizer.param_groups[0]["lr"])
+    moves = made is None and len({float(group["lr"]) for group in optimizer.param_groups}) == 1
+    return OptimizerPair(kind.lower(), f"{kind}, translated", rate, reference, None, moves, note, made)
+
+
+def _params(optimizer: Any) -> list[Any]:
+    return [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
+
+
+def _single(optimizer: Any) -> Any:
+    """Names for a probed optimizer's parameters."""
+    from equivalence.optimizers.translate import Names
+    from equivalence.weights import Leaves
+
+    return Names(Leaves({str(i): tuple(p.shape) for i, p in enumerate(_params(optimizer))}), {}, frozenset())

@@ -112,8 +112,10 @@ class JaxRunner:
         select: Callable[[Any], Any],
         own_step: Callable[..., Any] | None = None,
         frozen: frozenset[str] = frozenset(),
+        trained: Sequence[str] = (),
     ) -> None:
         self.frozen = frozen
+        self.trained = {path: tuple(bound.source.shape(path)) for path in trained}
         self.subject, self.bound, self.loss, self.select, self.own_step = subject, bound, loss, select, own_step
         self._compiled = jax.jit(self._program, static_argnames=("train", "bits"))
         self._advanced = jax.jit(self._buffers_after, static_argnames=("train", "bits"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +13,13 @@ import optax
 from equivalence.frameworks.subject import Flat, call
 from equivalence.observation import Batch, Observation, Seen
 from equivalence.optimizers import OptimizerPair
-from equivalence.optimizers.pairs import schedule
+from equivalence.optimizers.trees import Layout, slots_in_reference
 from equivalence.randomness import Draw, assert_same_draws
 from equivalence.runtimes.draws import draws_of, with_draws
 from equivalence.runtimes.jax import JaxRunner, array, environment, host
+
+VALUES = frozenset(("ax",))
+"""Fields of optimizer state that move as parameters do: averages of them."""
 
 
 class StepProgram:
@@ -26,8 +29,8 @@ class StepProgram:
         self, runner: JaxRunner, optimizer: OptimizerPair, rates: Sequence[float], bits: int, gradients: bool = True
     ) -> None:
         self.runner, self.bits = runner, bits
-        rate = schedule(rates) if optimizer.changes_rate else optimizer.learning_rate
-        self.transformation = optax.chain(_recorder(), optimizer.port(rate)) if gradients else optimizer.port(rate)
+        made = optimizer.transformation(rates, runner.trained, runner.bound)
+        self.transformation = optax.with_extra_args_support(optax.chain(_recorder(), made) if gradients else made)
         self._own = runner.subject.own_step if runner.own_step is not None else None
         # The old carry is given up: its memory serves the new one.
         self.compiled, self.start = jax.jit(self._observed, donate_argnums=1), jax.jit(self.init)
@@ -57,7 +60,12 @@ class StepProgram:
         frozen = runner.bound_frozen()
         gradients = {p: jnp.zeros_like(g) if p in frozen else g for p, g in gradients.items()}
         native = subject.native(carry["params"])
-        updates, state = self.transformation.update(subject.native(gradients), carry["optimizer"], native)
+        updates, state = self.transformation.update(
+            subject.native(gradients),
+            carry["optimizer"],
+            native,
+            value_fn=lambda moved: objective(subject.flat(moved))[0],
+        )
         moved = subject.flat(optax.apply_updates(native, updates))
         params = {path: carry["params"][path] if path in frozen else moved[path] for path in carry["params"]}
         return {"params": params, "buffers": after, "optimizer": state}, loss
@@ -96,40 +104,22 @@ class StepProgram:
 
     def slots(self, carry: Any, gradient: bool = False) -> dict[str, Flat]:
         """The optimizer's state by Optax's field names, leaves in the reference's terms."""
-        state = self._own.optimizer(carry) if self._own is not None else carry["optimizer"]
-        return {
-            slot: leaves if "" in leaves else self.runner.back(leaves, gradient=True)
-            for slot, leaves in slots_of(state, set(self.runner.subject.params)).items()
-            if gradient == (slot == "received")
-        }
+        shapes = {path: tuple(value.shape) for path, value in self.runner.subject.params.items()}
+        found = slots_in_reference(self.optimizer(carry), Layout(self.runner.bound), shapes, VALUES)
+        return {slot: leaves for slot, leaves in found.items() if gradient == (slot == "received")}
 
+    def optimizer(self, carry: Any) -> Any:
+        """The Optax state in a carry."""
+        return self._own.optimizer(carry) if self._own is not None else carry["optimizer"]
 
-def slots_of(state: Any, paths: set[str]) -> dict[str, Flat]:
-    """An Optax state as slot -> leaf path -> array; a scalar of the whole state has the path ''.
+    def with_optimizer(self, carry: Any, state: Any) -> Any:
+        """A carry with another Optax state."""
+        return self._own.with_optimizer(carry, state) if self._own is not None else {**carry, "optimizer": state}
 
-    A slot is named by the field that holds a tree shaped like the parameters (`mu`, `nu`, `trace`).
-    """
-    found: dict[str, Flat] = {}
-    for keys, value in jax.tree_util.tree_flatten_with_path(state)[0]:
-        parts = [_plain(key) for key in keys]
-        while parts and parts[-1] in ("value", "raw_value"):
-            parts.pop()
-        for cut in range(len(parts)):
-            leaf = ".".join(parts[cut:])
-            if leaf in paths and cut > 0:
-                found.setdefault(parts[cut - 1], {}).setdefault(leaf, value)
-                break
-        else:
-            if parts and np.ndim(value) == 0:
-                found.setdefault(parts[-1], {}).setdefault("", value)
-    return found
-
-
-def _plain(key: Any) -> str:
-    for name in ("key", "name", "idx"):
-        if hasattr(key, name):
-            return str(getattr(key, name))
-    return str(key)
+    def buffers(self, carry: Any) -> Flat:
+        """The buffers in a carry that the reference has too, in its terms."""
+        flat = self._own.buffers(carry) if self._own is not None else carry["buffers"]
+        return {path: value for path, value in self.runner.back(flat).items() if path in self.runner.buffer_paths}
 
 
 def _recorder() -> optax.GradientTransformation:
@@ -164,6 +154,23 @@ class JaxStepper:
             self.carry, loss, seen = self.program.compiled(served, self.carry, moved.inputs, moved.targets)
             self._seen = host(seen)
             return Seen({"loss": np.asarray(loss)})
+
+    def resume(self, optimizer: Callable[[Any, Any], Any]) -> None:
+        """Put the optimizer where `optimizer(Optax state, the port's params)` says; weights were given at the start."""
+        runner = self.program.runner
+        with environment(self.bits):
+            state = self.program.optimizer(self.carry)
+            self.carry = self.program.with_optimizer(self.carry, optimizer(state, runner.subject.params))
+
+    def state(self) -> Any:
+        """The Optax state now."""
+        return self.program.optimizer(self.carry)
+
+    def buffers(self) -> Observation:
+        """The buffers that the reference has too, in its terms."""
+        with environment(self.bits):
+            found: Observation = host(self.program.buffers(self.carry))
+            return found
 
     def parameters(self) -> Observation:
         """The parameters after the last step, in the reference's terms."""

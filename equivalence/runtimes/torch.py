@@ -173,15 +173,18 @@ class TorchStepper:
                 self.params[path].requires_grad_(False)
             trained = [value for path, value in self.params.items() if path not in runner.subject.frozen]
             self.optimizer = optimizer.reference(trained, rates[0])
+            self.scheduler = None if optimizer.scheduler is None else optimizer.scheduler(self.optimizer)
         self.changes_rate = optimizer.changes_rate
         self.gradients: dict[str, torch.Tensor] = {}
         self.jitter: Callable[[dict[str, torch.Tensor]], dict[str, np.ndarray]] | None = None
         self._mode: TapeMode | None = None
-        self.optimizer.register_step_pre_hook(self._before_update)
+        self.takes_closure = isinstance(self.optimizer, torch.optim.LBFGS)
+        if not self.takes_closure:
+            self.optimizer.register_step_pre_hook(self._before_update)
 
     def _before_update(self, *_: Any) -> None:
         """At the optimizer's door: stop taping (nothing random follows), record gradients, add the jitter."""
-        if self._mode is not None:
+        if self._mode is not None and not self.takes_closure:
             mode, self._mode = self._mode, None
             mode.__exit__(None, None, None)
         found = {path: p.grad for path, p in self.params.items() if p.grad is not None}
@@ -201,7 +204,7 @@ class TorchStepper:
 
     def step_tensors(self, inputs: Any, targets: tuple[Any, ...], seed: int | None) -> Seen:
         """One step on tensors, inside an `environment` that the caller keeps open over many steps."""
-        if self.changes_rate:
+        if self.changes_rate:  # a scheduler of the user's moves it otherwise
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rates[min(self.count, len(self.rates) - 1)]
         tape = Tape((seed or 0, 1))
@@ -221,13 +224,51 @@ class TorchStepper:
         args, kwargs = call(inputs)
         if self.runner.own_step is not None:
             return self.runner.own_step(self.module, self.optimizer, *args, *targets, **kwargs)
-        self.optimizer.zero_grad()
         loss_function = self.runner.loss
         assert loss_function is not None
-        loss = loss_function(self.runner.select(self.module(*args, **kwargs)), *targets)
-        loss.backward()
-        self.optimizer.step()
+
+        def backward() -> torch.Tensor:
+            self.optimizer.zero_grad()
+            loss: torch.Tensor = loss_function(self.runner.select(self.module(*args, **kwargs)), *targets)
+            loss.backward()
+            if self.takes_closure:
+                self._before_update()
+            return loss
+
+        if self.takes_closure:
+            loss = self.optimizer.step(backward)
+        else:
+            loss = backward()
+            self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
         return loss
+
+    def named(self) -> Any:
+        """The optimizer with its parameters named."""
+        from equivalence.optimizers.torch_side import Torch
+
+        return Torch.of(self.optimizer, {id(value): path for path, value in self.params.items()})
+
+    def fields(self) -> dict[str, str]:
+        """Where Optax keeps each piece of the optimizer's state: torch's name -> field."""
+        from equivalence.optimizers.torch_side import fields_of
+
+        return fields_of(self.optimizer)
+
+    def held_buffers(self) -> Observation:
+        """The buffers now; arrays share memory with the running model."""
+        return {path: host(value) for path, value in self.buffers.items()}
+
+    def resume(self, buffers: Observation, steps: int, optimizer: Callable[[Any, Any], None]) -> None:
+        """Go on from another run after `steps` steps: its buffers, and its optimizer's state, which
+        `optimizer(named optimizer, scheduler)` puts there; weights were given at the start."""
+        with environment(self.bits, self.runner.threads):
+            with torch.no_grad():
+                for path, value in buffers.items():
+                    self.buffers[path].copy_(tensor(value, self.bits))
+            optimizer(self.named(), self.scheduler)
+        self.count = steps
 
     def parameters(self) -> Observation:
         """The parameters now; arrays share memory with the running model."""

@@ -56,6 +56,15 @@ class Mapping:
     def __repr__(self) -> str:
         return "Mapping([\n" + "".join(f"    {rule!r},\n" for rule in self.rules) + "])"
 
+    def about(self, source: Leaves, target: Leaves) -> Mapping:
+        """The rules that match any of these leaves: a model's mapping cut down to its parameters."""
+
+        def concerns(rule: Rule) -> bool:
+            sides = ((rule.source, source), (rule.target, target))
+            return any(_matches(template, leaves, dict(rule.values)) for template, leaves in sides)
+
+        return Mapping(rule for rule in self.rules if concerns(rule))
+
     def bind(self, source: Leaves, target: Leaves) -> Bound:
         """Resolve every rule against the leaves of both models.
 

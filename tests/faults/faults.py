@@ -20,6 +20,7 @@ from equivalence.spec import BatchPlan, TrainingData
 from equivalence.weights import Rule
 from impls.titanic_mlp.config import Config
 from tests.faults.planting import EPOCHS, Body, Fault, Parts, finish, right
+from tests.pairs import translated
 
 SQUARE = Config(hidden1=16, hidden2=16, epochs=EPOCHS)
 """The second kernel is square."""
@@ -290,7 +291,7 @@ def decay_after_momentum(learning_rate: Any) -> optax.GradientTransformation:
 
 def swapped(reference: str, port: str) -> OptimizerPair:
     """The reference of one pair with the port of another."""
-    return dataclasses.replace(PAIRS[reference], port=PAIRS[port].port)
+    return dataclasses.replace(PAIRS[reference], port=translated(port))
 
 
 def no_update(model: Any, optimizer: nnx.Optimizer, x: Array, survived: Array) -> Array:

@@ -1,0 +1,110 @@
+"""The `handover` check: a run begun on one side and gone on with on the other, against the reference's whole run.
+
+Weights, buffers, the optimizer's state and the position of its schedule are moved after some steps, reference to port
+and port to reference; from there on every step must land where the reference alone would have landed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from equivalence.checks import REGISTRY
+from equivalence.comparison import STEPS, Comparison, Example, Four, Run, port_stepped, stepped
+from equivalence.judgement import Finding
+from equivalence.observation import Observation
+
+if TYPE_CHECKING:
+    from equivalence.runtimes.jax_steps import JaxStepper
+    from equivalence.runtimes.torch import TorchStepper
+
+BITS = (32, 64)
+
+
+def hand_over_at(example: Example) -> int:
+    """The steps before the handover: drawn from the example's seed, at least one on either side of it."""
+    return 1 + example.seed % (STEPS - 1)
+
+
+def handed_over(comparison: Comparison, example: Example) -> Iterator[list[Finding]]:
+    """The findings of each step after the handover, in both directions.
+
+    Raises InputError where the optimizer's state cannot be moved, and DrawsDiffer as every run of the port.
+    """
+    from equivalence.runtimes.jax_steps import JaxStepper
+
+    rates, pair = comparison.optimizer.rates(STEPS), comparison.optimizer
+    reference = comparison.stepping_reference
+    whole = {b: reference.stepper(b, example.weights, pair, rates) for b in BITS}
+    begun = {b: JaxStepper(comparison.program(b), example.port_weights) for b in BITS}
+    gone_on: dict[str, dict[int, Any]] = {}
+    at, where = hand_over_at(example), ("handover", example.index)
+    for number in range(STEPS):
+        batch, seed = example.batches[number % len(example.batches)], example.step_seed(number)
+        seen = {bits: stepper.step(batch, seed) for bits, stepper in whole.items()}
+        if number < at:
+            for stepper in begun.values():
+                stepper.step(batch, seen[64])
+            if number + 1 == at:
+                gone_on = {
+                    "to_port": {b: to_port(comparison, whole[b], at) for b in BITS},
+                    "to_reference": {b: to_reference(comparison, begun[b], at, rates) for b in BITS},
+                }
+            continue
+        ours = {b: seen[b].values | stepped(whole[b]) for b in BITS}
+        for direction, runs in gone_on.items():
+            theirs: dict[int, Observation] = {}
+            for b, run in runs.items():
+                if direction == "to_port":
+                    theirs[b] = run.step(batch, seen[64]).values | port_stepped(run, whole[b], set())
+                else:
+                    theirs[b] = run.step(batch, seed).values | stepped(run)
+            four = Four(ours[32], ours[64], theirs[32], theirs[64])
+            yield _findings(comparison, four, where, f"{direction}.step{number + 1}", example)
+
+
+def _findings(comparison: Comparison, four: Four, where: Any, at: str, example: Example) -> list[Finding]:
+    run = comparison.seen.get(("observe", example.index, True), Run())
+    found = []
+    for path, m in four.measures(example.elements).items():
+        family = REGISTRY["handover"].claims(path)
+        if family is not None:
+            found.append(Finding("handover", where, f"{at}.{path}", family, m, example.ordinary, size=run.size))
+    return found
+
+
+def to_port(comparison: Comparison, run: TorchStepper, steps: int) -> JaxStepper:
+    """The port, where the reference's run is."""
+    from equivalence.optimizers.state import moved_state
+    from equivalence.optimizers.trees import Layout
+    from equivalence.runtimes.jax_steps import JaxStepper
+
+    made = JaxStepper(comparison.program(run.bits), {**run.parameters(), **run.held_buffers()})
+    layout = Layout(comparison.stepping_port.bound)
+
+    def optimizer(state: Any, params: Any) -> Any:
+        recorder, own = state
+        return recorder, moved_state(run.named(), own, params, layout, steps=steps)
+
+    made.resume(optimizer)
+    return made
+
+
+def to_reference(comparison: Comparison, run: JaxStepper, steps: int, rates: list[float]) -> TorchStepper:
+    """The reference, where the port's run is."""
+    from equivalence.optimizers.state import put_state
+    from equivalence.optimizers.torch_side import step_on
+    from equivalence.optimizers.trees import Layout
+
+    reference, port = comparison.stepping_reference, comparison.stepping_port
+    buffers = run.buffers()
+    weights = {**reference.subject.params, **reference.subject.buffers, **run.parameters(), **buffers}
+    made = reference.stepper(run.bits, weights, comparison.optimizer, rates)
+
+    def optimizer(named: Any, scheduler: Any) -> None:
+        put_state(named, run.state()[1], port.subject.params, Layout(port.bound))
+        if scheduler is not None:
+            step_on(scheduler, steps)
+
+    made.resume(buffers, steps, optimizer)
+    return made

@@ -1,0 +1,91 @@
+"""Which lines of a Python function runs go through: the paths that an example takes, and what no example reaches."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import linecache
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from equivalence.numerics import ulp_twin
+
+Path = tuple[int, ...]
+
+Jitter = Callable[[np.ndarray], np.ndarray]
+
+TWINS = 8
+
+FLOAT32, FLOAT64 = 2.0**-22, 2.0**-51
+"""A few units of rounding."""
+
+
+def still(value: np.ndarray) -> np.ndarray:
+    """The jitter that moves nothing."""
+    return value
+
+
+def path(run: Callable[[], Any], functions: Iterable[Callable[..., Any]]) -> Path:
+    """The line numbers of `functions` that a run executes, in order."""
+    codes = {inspect.unwrap(function).__code__ for function in functions}
+    seen: list[int] = []
+
+    def local(frame: FrameType, event: str, arg: Any) -> Any:
+        if event == "line":
+            seen.append(frame.f_lineno)
+        return local
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, arg: local if frame.f_code in codes else None)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return tuple(seen)
+
+
+def unreached(paths: Iterable[Path], functions: Iterable[Callable[..., Any]]) -> list[str]:
+    """The statements of `functions` that no path goes through."""
+    seen = {line for path in paths for line in path}
+    codes = [inspect.unwrap(function).__code__ for function in functions]
+    # a statement over several lines is reached by any of them: its first instruction decides
+    lines = {(c.co_filename, line) for c in codes for line in _statements(c)}
+    return [linecache.getline(file, line).strip() for file, line in sorted(lines) if line not in seen]
+
+
+def _statements(code: Any) -> set[int]:
+    source, first = inspect.getsourcelines(code)
+    tree = ast.parse(textwrap.dedent("".join(source)))
+    body = tree.body[0].body  # type: ignore[attr-defined]
+    nodes = [node for top in body for node in ast.walk(top) if isinstance(node, ast.stmt)]
+    plain = [n for n in nodes if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+    return {n.lineno + first - 1 for n in plain if not isinstance(n, ast.FunctionDef)}
+
+
+def shared(run: Callable[[Jitter], Any], functions: Sequence[Callable[..., Any]], size: float) -> tuple[Path, Path]:
+    """The path of a float64 run, and how much of it runs share whose arithmetic is off by `size`.
+
+    Beyond that rounding decides: the reference is no yardstick there (DESIGN section 4: ill-conditioned).
+
+    Args:
+        run: a float64 run of the reference that passes what its closure is given and answers through a jitter.
+        functions: whose lines make the path.
+        size: relative, as `FLOAT32` or `FLOAT64`.
+    """
+    whole = path(lambda: run(still), functions)
+    common = len(whole)
+    for number in range(TWINS):
+        rng = np.random.default_rng(number)
+
+        def jitter(value: np.ndarray, rng: np.random.Generator = rng) -> np.ndarray:
+            return ulp_twin(np.asarray(value), rng, size)
+
+        twin = path(lambda jitter=jitter: run(jitter), functions)
+        pairs = zip(whole, twin, strict=False)
+        common = min(common, next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(whole), len(twin))))
+    return whole, whole[:common]

@@ -1,0 +1,422 @@
+"""Every loss with the calls and arrays its tests share: a call is one expression, evaluated on both sides.
+
+All calls of a loss are one jitted program a precision, so that Hypothesis can draw many values for few compilations.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from equivalence import losses
+from equivalence.runtimes.jax import environment
+from tests.agreement import Arrays, Side
+
+KINDS = ("ordinary", "ties", "extremes")
+GRID = [-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
+FAR = [*GRID, np.inf, -np.inf, np.nan]
+COTANGENT = 256
+
+Rng = np.random.Generator
+Drawn = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss: torch's functional, the arrays of a kind, expressions with `loss`, and what torch has gradients by."""
+
+    functional: str
+    draw: Callable[[Rng, str], Drawn]
+    calls: tuple[str, ...]
+    moving: tuple[str, ...] = ("x", "y")
+
+
+def real(rng: Rng, kind: str, *shape: int) -> np.ndarray:
+    pool = {"ties": GRID, "extremes": FAR}.get(kind)
+    return rng.choice(pool, shape) if pool else 2 * rng.standard_normal(shape)
+
+
+def pair(rng: Rng, kind: str) -> Drawn:
+    return {"x": real(rng, kind, 2, 3, 4, 5), "y": real(rng, kind, 2, 3, 4, 5)}
+
+
+def probabilities(rng: Rng, kind: str) -> Drawn:
+    def some() -> np.ndarray:
+        pool = {"ties": [0.0, 0.5, 1.0], "extremes": [0.0, 1e-30, 1e-13, 1e-12, 0.25, 1.0]}.get(kind)
+        return rng.choice(pool, (2, 3, 4, 5)) if pool else rng.uniform(0.01, 0.99, (2, 3, 4, 5))
+
+    return {"x": some(), "y": some(), "w": rng.uniform(0.5, 2, (4, 5))}
+
+
+def binary(rng: Rng, kind: str) -> Drawn:
+    shares = probabilities(rng, "ties" if kind != "ordinary" else kind)
+    return {"x": real(rng, kind, 2, 3, 4, 5), "y": shares["y"], "w": shares["w"], "v": rng.uniform(2, 4, (4, 5))}
+
+
+def logs(values: np.ndarray, axis: int) -> np.ndarray:
+    return values - np.log(np.exp(values).sum(axis, keepdims=True))
+
+
+def classes(rng: Rng, kind: str) -> Drawn:
+    x = real(rng, "ordinary" if kind == "extremes" else kind, 3, 4, 2, 5)
+    if kind == "extremes":
+        x[rng.random(x.shape) < 0.2] = -np.inf
+        x[0, :, 0, 0] = 1000.0, 2000.0, -1e5, 0.0
+    y = rng.integers(0, 4, (3, 2, 5))
+    y[rng.random(y.shape) < (1.0 if rng.random() < 0.2 else 0.3)] = -1
+    soft = np.exp(logs(rng.standard_normal(x.shape), 1))
+    soft[rng.random(x.shape) < 0.2] = 0.0
+    return {"x": x, "y": y, "s": soft, "w": rng.uniform(0.5, 2, 4)}
+
+
+def log_classes(rng: Rng, kind: str) -> Drawn:
+    return {**classes(rng, kind), "x": real(rng, kind, 3, 4, 2, 5)}
+
+
+def signs(rng: Rng, kind: str) -> Drawn:
+    return {
+        "x": real(rng, kind, 2, 3, 4, 5),
+        "y": rng.choice([1, -1] if kind == "ordinary" else [1, -1, 0], (2, 3, 4, 5)),
+    }
+
+
+def logistic(rng: Rng, kind: str) -> Drawn:
+    return {"x": real(rng, kind, 2, 3, 4, 5), "y": rng.choice([1.0, -1.0], (2, 3, 4, 5))}
+
+
+def normals(rng: Rng, kind: str) -> Drawn:
+    v = rng.uniform(0.5, 2, (2, 3, 4)) if kind == "ordinary" else rng.choice([0.0, 1e-9, 0.25, 1.0], (2, 3, 4))
+    return {**{k: real(rng, kind, 2, 3, 4) for k in ("x", "y")}, "v": v}
+
+
+def counts(rng: Rng, kind: str) -> Drawn:
+    y = rng.integers(0, 9, (2, 3, 4, 5)).astype(float)
+    x = real(rng, kind, 2, 3, 4, 5)
+    return {"x": x, "y": y, "r": np.abs(x)}
+
+
+def divergences(rng: Rng, kind: str) -> Drawn:
+    y = rng.uniform(0.01, 0.99, (2, 3, 4, 5)) if kind == "ordinary" else rng.choice([0.0, 0.25, 1.0, 2.0], (2, 3, 4, 5))
+    return {"x": real(rng, kind, 2, 3, 4, 5), "y": y}
+
+
+def ranked(rng: Rng, kind: str) -> Drawn:
+    return {"a": real(rng, kind, 2, 3, 4), "b": real(rng, kind, 2, 3, 4), "y": rng.choice([1.0, -1.0], (2, 3, 4))}
+
+
+def vectors(rng: Rng, kind: str) -> Drawn:
+    def some() -> np.ndarray:
+        x = rng.choice([-1.0, 0.0, 1.0], (5, 3)) if kind == "ties" else real(rng, kind, 5, 3)
+        if kind != "ordinary":
+            x[rng.random(5) < 0.3] = 0.0
+        return x
+
+    return {"a": some(), "b": some(), "y": rng.choice([1.0, -1.0, 0.0], 5)}
+
+
+def triplets(rng: Rng, kind: str) -> Drawn:
+    whole = {name: real(rng, kind, 5, 3) for name in "apn"}
+    if kind == "ties":
+        whole["p"][0] = whole["a"][0]
+        whole["n"][1] = whole["a"][1]
+    return whole
+
+
+def scores(rng: Rng, kind: str) -> Drawn:
+    lists = rng.integers(-1, 4, (5, 4))
+    return {"x": real(rng, kind, 5, 4), "y": rng.integers(0, 4, 5), "l": lists, "w": rng.uniform(0.5, 2, 4)}
+
+
+def sequences(rng: Rng, kind: str) -> Drawn:
+    x = logs(rng.standard_normal((7, 3, 5)), 2)
+    if kind == "extremes":
+        x[rng.random(x.shape) < 0.05] = -np.inf
+    y = rng.integers(1, 5, (3, 4)) if kind == "ordinary" else np.where(rng.random((3, 4)) < 0.5, 1, 2)
+    low = 6 if kind == "ordinary" else 0
+    return {"x": x, "y": y, "t": rng.integers(low, 8, 3), "s": rng.integers(0, 4 if kind == "ordinary" else 5, 3)}
+
+
+def layer(rng: Rng, kind: str) -> Drawn:
+    return {
+        **{"x": real(rng, "ordinary", 5, 3), "w": real(rng, "ordinary", 4, 2, 3), "b": real(rng, "ordinary", 4, 2)},
+        **{"y": rng.integers(0, 4, (5, 2)), "v": rng.uniform(0.5, 2, 4)},
+    }
+
+
+def clusters(rng: Rng, kind: str) -> Drawn:
+    shapes = {"head": (4, 8), "hb": (4,), "a0": (4, 8), "b0": (3, 4), "a1": (2, 8), "b1": (5, 2), "x": (6, 8)}
+    return {**{k: rng.standard_normal(v) for k, v in shapes.items()}, "y": rng.integers(0, 10, 6)}
+
+
+RANKS = tuple(f"loss(x{i}, y{i}, reduction='none')" for i in ("", "[0]", "[0, 0]", "[0, 0, 0]", "[0, 0, 0, 0]"))
+WHOLE = ("loss(x, y)", "loss(x[0, 0], y[0, 0], reduction='sum')")
+BROAD = ("loss(x[0], y[1, :1], reduction='none')", "loss(x[0, :, :1], y[1])")
+DEEP = ("x", "y"), ("x[:, :, 0]", "y[:, 0]"), ("x[:, :, 0, 0]", "y[:, 0, 0]"), ("x[0, :, 0, 0]", "y[0, 0, 0]")
+BY_CLASS = tuple(
+    f"loss({x}, {y}{weight}, ignore_index={ignored}, reduction='{reduction}')"
+    for (x, y), weight, ignored, reduction in zip(
+        (*DEEP, *DEEP, *DEEP),
+        ("", ", weight=w", "") * 4,
+        (-1, -1, -1, -1) * 3,
+        ("mean", "mean", "sum", "none", "none", "sum", "mean", "mean", "mean", "none", "none", "none"),
+        strict=True,
+    )
+)
+SMOOTH = tuple(call.replace(", reduction", ", label_smoothing=0.2, reduction") for call in BY_CLASS[::2])
+SOFT = (
+    "loss(x, s)",
+    "loss(x[:, :, 0], s[:, :, 0], weight=w, reduction='sum')",
+    "loss(x[:, :, 0, 0], s[:, :, 0, 0], weight=w, label_smoothing=0.3)",
+    "loss(x[0, :, 0, 0], s[0, :, 0, 0], reduction='none')",
+)
+TRIPLET = tuple(
+    f"loss(a, p, n, p={p}, eps={eps}, reduction='none')" for p in (2, 1, 3, 0.5, "INF") for eps in (1e-6, 0.0)
+)
+
+CASES: dict[str, Case] = {
+    "l1": Case("l1_loss", pair, (*RANKS, *WHOLE, *BROAD)),
+    "mse": Case("mse_loss", pair, (*RANKS, *WHOLE, *BROAD)),
+    "smooth_l1": Case(
+        "smooth_l1_loss",
+        pair,
+        (*RANKS, *WHOLE, *BROAD, *(f"loss(x, y, beta={b}, reduction='none')" for b in (0, 0.5, 2))),
+    ),
+    "huber": Case(
+        "huber_loss", pair, (*RANKS, *WHOLE, *BROAD, *(f"loss(x, y, delta={d}, reduction='none')" for d in (0.5, 2)))
+    ),
+    "poisson_nll": Case(
+        "poisson_nll_loss",
+        counts,
+        (
+            *RANKS[::2],
+            *WHOLE,
+            *BROAD[:1],
+            "loss(x, y, full=True, reduction='none')",
+            *tuple(f"loss(r, y, log_input=False, full={full}, eps=1e-3, reduction='none')" for full in (True, False)),
+        ),
+        ("x", "y", "r"),
+    ),
+    "gaussian_nll": Case(
+        "gaussian_nll_loss",
+        normals,
+        (
+            "loss(x, y, v)",
+            "loss(x, y, v, reduction='none')",
+            "loss(x, y, v[:, :, :1], full=True, reduction='none')",
+            "loss(x, y, v[:, :, 0], eps=0.5, reduction='none')",
+            "loss(x, y, v[:, :1], reduction='sum')",
+            "loss(x, y, 2.0, reduction='none')",
+            "loss(x[0], y[0], 1e-9)",
+        ),
+        ("x", "y", "v"),
+    ),
+    "kl_div": Case(
+        "kl_div",
+        divergences,
+        (
+            *RANKS[::2],
+            *WHOLE,
+            *BROAD[:1],
+            "loss(x, y, reduction='batchmean')",
+            "loss(x[0, 0, 0, 0], y[0, 0, 0, 0], reduction='batchmean')",
+            "loss(x, y, log_target=True, reduction='none')",
+        ),
+    ),
+    "bce": Case(
+        "binary_cross_entropy",
+        probabilities,
+        (*RANKS, *WHOLE, "loss(x, y, weight=w, reduction='none')", "loss(x, y, weight=w)"),
+    ),
+    "bce_with_logits": Case(
+        "binary_cross_entropy_with_logits",
+        binary,
+        (
+            *RANKS,
+            *WHOLE,
+            "loss(x, y, weight=w, pos_weight=v, reduction='none')",
+            "loss(x, y, weight=w)",
+            "loss(x, y, pos_weight=v[0])",
+            "loss(x, y, pos_weight=v, reduction='none')",
+        ),
+    ),
+    "soft_margin": Case("soft_margin_loss", logistic, (*RANKS, *WHOLE, *BROAD[:1]), ("x",)),
+    "multi_label_soft_margin": Case(
+        "multilabel_soft_margin_loss",
+        binary,
+        (*RANKS[:4], *WHOLE, "loss(x, y, weight=w, reduction='none')", "loss(x, y, weight=v[0])"),
+        ("x", "y", "w"),
+    ),
+    "nll": Case("nll_loss", log_classes, BY_CLASS, ("x",)),
+    "cross_entropy": Case("cross_entropy", classes, (*BY_CLASS, *SMOOTH), ("x",)),
+    "cross_entropy, probabilities": Case("cross_entropy", classes, SOFT, ("x", "s", "w")),
+    "margin_ranking": Case(
+        "margin_ranking_loss",
+        ranked,
+        (
+            "loss(a, b, y)",
+            "loss(a, b, y, margin=0.5, reduction='none')",
+            "loss(a, b, y, margin=-1, reduction='sum')",
+            "loss(a[0, 0], b[0, 0], y[0, 0], reduction='none')",
+            "loss(a[0, 0, 0], b[0, 0, 0], y[0, 0, 0])",
+            "loss(a, b[:1], y[:, :, :1], margin=0.5, reduction='none')",
+        ),
+        ("a", "b", "y"),
+    ),
+    "hinge_embedding": Case(
+        "hinge_embedding_loss", signs, (*RANKS, *WHOLE, *BROAD[:1], "loss(x, y, margin=2, reduction='none')"), ("x",)
+    ),
+    "multi_margin": Case(
+        "multi_margin_loss",
+        scores,
+        (
+            *tuple(f"loss(x, y, p={p}, margin={m}, reduction='{r}')" for p, m, r in ((1, 1, "none"), (2, 0.5, "none"))),
+            "loss(x, y, weight=w)",
+            "loss(x, y, p=2, weight=w, reduction='sum')",
+            "loss(x[0], y[0], reduction='none')",
+            "loss(x[0], y[:1], reduction='none')",
+        ),
+        ("x",),
+    ),
+    "multi_label_margin": Case(
+        "multilabel_margin_loss",
+        scores,
+        (
+            "loss(x, l)",
+            "loss(x, l, reduction='sum')",
+            "loss(x, l, reduction='none')",
+            "loss(x[0], l[0], reduction='none')",
+        ),
+        ("x",),
+    ),
+    "cosine_embedding": Case(
+        "cosine_embedding_loss",
+        vectors,
+        (
+            "loss(a, b, y)",
+            *(f"loss(a, b, y, margin={m}, reduction='none')" for m in (0, 0.5, -0.5)),
+            "loss(a[0], b[0], y[0], reduction='none')",
+        ),
+        ("a", "b"),
+    ),
+    "triplet_margin": Case(
+        "triplet_margin_loss",
+        triplets,
+        (
+            *TRIPLET,
+            "loss(a, p, n)",
+            "loss(a, p, n, margin=0.5, swap=True, reduction='none')",
+            "loss(a, p[:1], n, reduction='sum')",
+            "loss(a[0], p[0], n[0], reduction='none')",
+        ),
+        ("a", "p", "n"),
+    ),
+    "triplet_margin_with_distance": Case(
+        "triplet_margin_with_distance_loss",
+        triplets,
+        (
+            "loss(a, p, n)",
+            "loss(a, p, n, margin=0.5, swap=True, reduction='none')",
+            "loss(a, p, n, distance_function=lambda u, v: ((u - v) ** 2).sum(-1), swap=True, reduction='sum')",
+        ),
+        ("a", "p", "n"),
+    ),
+    "ctc": Case(
+        "ctc_loss",
+        sequences,
+        (
+            "loss(x, y, t, s)",
+            "loss(x, y, t, s, reduction='none')",
+            "loss(x, y, t, s, zero_infinity=True, reduction='sum')",
+            "loss(x, y - 1, t, s, blank=4, reduction='none')",
+            "loss(x[:, 0], y[0], (6,), (4,))",
+            "loss(x, y[:, :2].reshape(-1), (7, 5, 6), (2, 3, 1), reduction='none')",
+        ),
+        ("x",),
+    ),
+    "linear_cross_entropy": Case(
+        "linear_cross_entropy",
+        layer,
+        (
+            "loss(x, w[:, 0], y[:, 0])",
+            "loss(x, w, y, linear_bias=b, weight=v, ignore_index=1, label_smoothing=0.1)",
+            "loss(x[0], w[:, 1], y[0, 0], linear_bias=b[:, 1], reduction='none')",
+        ),
+        ("x", "w", "b"),
+    ),
+}
+
+
+def value_of(call: str, loss: Any, arrays: Any) -> Any:
+    """The loss that a call computes."""
+    return eval(call, {"loss": loss, "INF": float("inf"), **arrays})
+
+
+def weighed(value: Any, cotangent: Any) -> Any:
+    """One number of a loss of any shape."""
+    flat = value.reshape(-1)
+    return (flat * cotangent[: flat.shape[0]]).sum()
+
+
+def torch_side(case: Case, calls: tuple[str, ...]) -> Side:
+    loss = getattr(torch.nn.functional, case.functional)
+
+    def run(bits: int, arrays: Arrays) -> Arrays:
+        found: Drawn = {}
+        for call in calls:
+            tensors = {k: torch.tensor(v, requires_grad=k in case.moving) for k, v in arrays.items()}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of broadcasting, and of kl_div's default
+                value = value_of(call, loss, tensors)
+            weighed(value, tensors["cotangent"]).backward()
+            found[call] = value.detach().numpy()
+            for name in case.moving:
+                slope = tensors[name].grad
+                found[f"{call} by {name}"] = np.zeros_like(arrays[name]) if slope is None else slope.numpy()
+        return found
+
+    return run
+
+
+def jax_side(case: Case, calls: tuple[str, ...], loss: Any) -> Side:
+    @functools.partial(jax.jit, static_argnames="bits")
+    def program(arrays: Any, bits: int) -> Any:
+        found = {}
+        for call in calls:
+
+            def scalar(moving: Any, call: str = call) -> Any:
+                value = value_of(call, loss, {**arrays, **moving})
+                return weighed(value, arrays["cotangent"]), value
+
+            moving = {name: arrays[name] for name in case.moving}
+            slopes, value = jax.grad(scalar, has_aux=True)(moving)
+            found[call] = value
+            found |= {f"{call} by {name}": slope for name, slope in slopes.items()}
+        return found
+
+    def run(bits: int, arrays: Arrays) -> Arrays:
+        with environment(bits):
+            found = program({k: jnp.asarray(v) for k, v in arrays.items()}, bits)
+            return {k: np.asarray(v) for k, v in found.items()}
+
+    return run
+
+
+@functools.cache
+def sides(name: str) -> tuple[Side, Side]:
+    """Both sides of a case, all its calls; compiled once a process."""
+    case = CASES[name]
+    return torch_side(case, case.calls), jax_side(case, case.calls, getattr(losses, name.partition(",")[0]))
+
+
+def drawn(name: str, kind: str, seed: int) -> Drawn:
+    """The arrays of a case, and a cotangent."""
+    rng = np.random.default_rng(seed)
+    return {**CASES[name].draw(rng, kind), "cotangent": rng.standard_normal(COTANGENT)}
