@@ -124,8 +124,8 @@ def jit(path: str) -> Family | None:
 
 @check("handover", "handover")
 def handover(path: str) -> Family | None:
-    """A run begun on one side and gone on with on the other: weights, optimizer state and schedule moved."""
-    return step(path) or optimizer_state(path)
+    """A run begun on one side and gone on with on the other: weights, buffers, optimizer state and schedule moved."""
+    return step(path) or optimizer_state(path) or state(path)
 
 
 @check("training", "training")

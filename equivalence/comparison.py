@@ -312,7 +312,7 @@ class Comparison:
         """Everything the port's float64 steps show from other weights, one step at a time."""
         from equivalence.runtimes.jax_steps import JaxStepper
 
-        served = self._served(example)
+        served = self.served(example)
         stepper = JaxStepper(self.program(64, gradients=False), weights)
         names = {field_: slot for slot, field_ in self._fields.items()}
         for number in range(STEPS):
@@ -323,7 +323,7 @@ class Comparison:
                 found |= {f"optimizer.{names.get(slot, slot)}.{p}": v for p, v in leaves.items() if p}
             yield {f"step{number + 1}.{path}": value for path, value in found.items()}
 
-    def _served(self, example: Example) -> list[Seen]:
+    def served(self, example: Example) -> list[Seen]:
         """The draws of the reference's steps: kept from the last time they were asked for this example."""
         if example.index not in self._draws:
             rates = self.optimizer.rates(STEPS)
@@ -458,6 +458,7 @@ def _counter(value: Any) -> np.ndarray:
 def stepped(stepper: Any) -> Observation:
     """The reference after a step, by the paths of the step checks."""
     found = {f"parameters.{path}": value for path, value in stepper.parameters().items()}
+    found |= {f"buffers.{path}": value for path, value in stepper.held_buffers().items()}
     found |= {f"gradients.{path}": value for path, value in stepper.seen_gradients().items()}
     for slot, leaves in stepper.optimizer_state().items():
         count = _counter if slot == "step" else np.asarray
@@ -468,6 +469,7 @@ def stepped(stepper: Any) -> Observation:
 def port_stepped(stepper: Any, reference: Any, unmatched: set[str]) -> Observation:
     """The port after a step, by the same paths; slots of the reference's that it lacks go to `unmatched`."""
     found = {f"parameters.{path}": value for path, value in stepper.parameters().items()}
+    found |= {f"buffers.{path}": value for path, value in stepper.held_buffers().items()}
     found |= {f"gradients.{path}": value for path, value in stepper.seen_gradients().items()}
     state, fields = stepper.optimizer_state(), reference.fields()
     for slot, held in reference.optimizer_state().items():

@@ -9,16 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from equivalence.checks import REGISTRY
 from equivalence.comparison import STEPS, Comparison, Example, Four, Run, port_stepped, stepped
 from equivalence.judgement import Finding
 from equivalence.observation import Observation
 
 if TYPE_CHECKING:
+    from equivalence.optimizers.trees import Layout
     from equivalence.runtimes.jax_steps import JaxStepper
     from equivalence.runtimes.torch import TorchStepper
 
 BITS = (32, 64)
+
+Plant = tuple[str, float, int]
+"""A reference leaf, the relative size of the change, and the seed of its direction."""
 
 
 def hand_over_at(example: Example) -> int:
@@ -63,6 +69,24 @@ def handed_over(comparison: Comparison, example: Example) -> Iterator[list[Findi
             yield _findings(comparison, four, where, f"{direction}.step{number + 1}", example)
 
 
+def planted_runs(
+    comparison: Comparison, example: Example, leaf: str | None, size: float
+) -> Iterator[tuple[int, Observation]]:
+    """What the port shows in float64 after it took over, one step at a time: as it is, or with what the optimizer keeps
+    of one reference leaf (its weights, where it keeps nothing) changed by `size` of itself at the handover."""
+
+    served, at = comparison.served(example), hand_over_at(example)
+    rates = comparison.optimizer.rates(STEPS)
+    begun = comparison.stepping_reference.stepper(64, example.weights, comparison.optimizer, rates)
+    for number in range(at):
+        begun.step(example.batches[number % len(example.batches)], example.step_seed(number))
+    run: JaxStepper = to_port(comparison, begun, at, None if leaf is None else (leaf, size, example.seed))
+    for number in range(at, STEPS):
+        batch = example.batches[number % len(example.batches)]
+        found = run.step(batch, served[number]).values | port_stepped(run, begun, set())
+        yield number - at, {f"to_port.step{number + 1}.{path}": value for path, value in found.items()}
+
+
 def _findings(comparison: Comparison, four: Four, where: Any, at: str, example: Example) -> list[Finding]:
     run = comparison.seen.get(("observe", example.index, True), Run())
     found = []
@@ -73,20 +97,49 @@ def _findings(comparison: Comparison, four: Four, where: Any, at: str, example: 
     return found
 
 
-def to_port(comparison: Comparison, run: TorchStepper, steps: int) -> JaxStepper:
-    """The port, where the reference's run is."""
+def to_port(comparison: Comparison, run: TorchStepper, steps: int, plant: Plant | None = None) -> JaxStepper:
+    """The port, where the reference's run is; with a plant in what was moved of one leaf, where one is asked for."""
     from equivalence.optimizers.state import moved_state
     from equivalence.optimizers.trees import Layout
     from equivalence.runtimes.jax_steps import JaxStepper
 
-    made = JaxStepper(comparison.program(run.bits), {**run.parameters(), **run.held_buffers()})
     layout = Layout(comparison.stepping_port.bound)
+    weights = {**run.parameters(), **run.held_buffers()}
+    if plant is not None and not any(plant[0] in leaves for leaves in run.optimizer_state().values()):
+        weights[plant[0]] = _changed(weights[plant[0]], plant)
+    made = JaxStepper(comparison.program(run.bits), weights)
 
     def optimizer(state: Any, params: Any) -> Any:
         recorder, own = state
-        return recorder, moved_state(run.named(), own, params, layout, steps=steps)
+        moved = moved_state(run.named(), own, params, layout, steps=steps)
+        return recorder, moved if plant is None else _planted(moved, params, layout, plant)
 
     made.resume(optimizer)
+    return made
+
+
+def _planted(state: Any, params: Any, layout: Layout, plant: Plant) -> Any:
+    """An Optax state with every floating array that belongs to one leaf changed."""
+    import jax
+    import jax.numpy as jnp
+
+    from equivalence.optimizers.trees import entries
+
+    places = {plant[0], *layout.targets(plant[0])}
+
+    def one(entry: Any) -> Any:
+        floating = jnp.issubdtype(entry.array.dtype, jnp.floating)
+        return (
+            jnp.asarray(_changed(np.asarray(entry.array), plant)) if entry.leaf in places and floating else entry.array
+        )
+
+    structure = jax.tree_util.tree_structure(state)
+    return jax.tree_util.tree_unflatten(structure, [one(entry) for entry in entries(state, params)])
+
+
+def _changed(value: np.ndarray, plant: Plant) -> np.ndarray:
+    _, size, seed = plant
+    made: np.ndarray = value * (1.0 + size * np.random.default_rng((seed, 5)).standard_normal(value.shape))
     return made
 
 
@@ -97,7 +150,7 @@ def to_reference(comparison: Comparison, run: JaxStepper, steps: int, rates: lis
     from equivalence.optimizers.trees import Layout
 
     reference, port = comparison.stepping_reference, comparison.stepping_port
-    buffers = run.buffers()
+    buffers = run.held_buffers()
     weights = {**reference.subject.params, **reference.subject.buffers, **run.parameters(), **buffers}
     made = reference.stepper(run.bits, weights, comparison.optimizer, rates)
 

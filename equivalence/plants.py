@@ -9,6 +9,7 @@ import numpy as np
 
 from equivalence import coverage as seen
 from equivalence.events import Progress
+from equivalence.handover import planted_runs
 from equivalence.judgement import Decision, Where
 from equivalence.observation import Observation
 from equivalence.work import Structure, Work
@@ -28,13 +29,13 @@ def plant(work: Work, structure: Structure, decisions: Sequence[Decision]) -> It
     leaves = [p for p in structure.reference.params if structure.bound.targets_of(p) and example.weights[p].size]
     base = {
         (where, step): {path: np.array(value) for path, value in shown.items()}
-        for where, step, _, shown in _runs(work, structure, example.port_weights)
+        for where, step, _, shown in _runs(work, structure, example.port_weights, None, 0.0)
     }
     limits: dict[Any, dict[str, float]] = {}
 
     def smallest(leaf: str, size: float) -> dict[str, float]:
         found: dict[str, float] = {}
-        for where, step, checks, shown in _runs(work, structure, seen.planted(example, leaf, size)):
+        for where, step, checks, shown in _runs(work, structure, seen.planted(example, leaf, size), leaf, size):
             for check in checks:
                 if (check, where) not in limits:
                     limits[check, where] = seen.limits(decisions, check, where)
@@ -57,8 +58,9 @@ def plant(work: Work, structure: Structure, decisions: Sequence[Decision]) -> It
         yield Progress(work.port, "plants", number, len(leaves))
 
 
-def _runs(work: Work, structure: Structure, weights: Observation) -> Iterable[Shown]:
-    """Everything the port shows in float64 from these weights, one run and one step at a time."""
+def _runs(work: Work, structure: Structure, weights: Observation, leaf: str | None, size: float) -> Iterable[Shown]:
+    """Everything the port shows in float64 from these weights, one run and one step at a time; a run handed over has
+    the plant in what was handed over."""
     comparison, example = structure.comparison, structure.sample
     reading = [*work.wants("observe"), *work.wants("jit")]
     for train in (False, True):
@@ -74,3 +76,6 @@ def _runs(work: Work, structure: Structure, weights: Observation) -> Iterable[Sh
     if work.wants("steps") and structure.trainable:
         for step, shown in enumerate(comparison.port_steps(example, weights)):
             yield ("steps", example.index), step, work.wants("steps"), shown
+    if work.wants("handover") and structure.trainable and "handover" not in work.conclusions.finished:
+        for step, shown in planted_runs(comparison, example, leaf, size):
+            yield ("handover", example.index), step, ["handover"], shown

@@ -98,11 +98,11 @@ def sparse(gradient: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def held(rule: Rule, group: Mapping[str, Any], state: Any) -> dict[str, Any]:
-    """torch's state names and what the rule's state holds for them; a matrix has no `variance`."""
+    """torch's state names and what the rule's state holds for them; a matrix has no `variance`, torch no `begun`."""
     found: dict[str, Any] = {}
     for name, slot in rule.slots(group).items():
         value = optax.tree.get(state, slot.field)
-        if jax.tree.leaves(value):
+        if jax.tree.leaves(value) and slot.kind != "begun":
             found[name] = jnp.asarray(value, float) if slot.kind == "count" else value
     return found
 

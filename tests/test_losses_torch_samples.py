@@ -81,7 +81,7 @@ def samples(name: str) -> dict[str, Sample]:
 
 
 def sides(given: dict[str, Sample]) -> tuple[Any, Any, dict[str, np.ndarray]]:
-    """Both sides of a class's samples: losses, and the slopes of their sums; in float64 whatever the run's precision."""
+    """Both sides of a class's samples: losses, and the slopes of their sums, in float64 at either precision."""
 
     def named(name: str, value: Any, slopes: Any) -> Arrays:
         return {name: value, **{f"{name} by {i}": s for i, s in zip(given[name].moving, slopes, strict=True)}}

@@ -20,7 +20,9 @@ def floats(*values: Any) -> list[jax.Array]:
     arrays = [jnp.asarray(value) for value in values]
     if any(jnp.issubdtype(array.dtype, jnp.complexfloating) for array in arrays):
         raise InputError("losses of complex arrays are not translated: take the real and imaginary parts apart")
-    floating = [array.dtype for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)]
+    # a Python number has no dtype of its own to promote to
+    given = [array for value, array in zip(values, arrays, strict=True) if not isinstance(value, float | int)]
+    floating = [array.dtype for array in given if jnp.issubdtype(array.dtype, jnp.floating)]
     if not floating:
         raise InputError(f"a loss needs a floating input, got {', '.join(str(array.dtype) for array in arrays)}")
     dtype = jnp.result_type(*floating)

@@ -200,7 +200,7 @@ def _split(flat: np.ndarray, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
     parts = np.split(flat, ends[:-1], axis=-1)
     return {
-        name: part.reshape(*flat.shape[:-1], *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        name: part.reshape((*flat.shape[:-1], *shape)) for (name, shape), part in zip(shapes.items(), parts, strict=True)
     }
 
 

@@ -77,7 +77,12 @@ class StepProgram:
 
     def _observed(self, draws: Sequence[Any], carry: Any, inputs: Any, targets: Any) -> tuple[Any, Any, Flat]:
         carry, loss = self.run(draws, carry, inputs, targets)
-        seen = {"params": self.params(carry), "gradients": self.gradients(carry), "slots": self.slots(carry)}
+        seen = {
+            "params": self.params(carry),
+            "buffers": self.buffers(carry),
+            "gradients": self.gradients(carry),
+            "slots": self.slots(carry),
+        }
         return carry, loss, seen
 
     def draws(self, carry: Any, inputs: Any, targets: Any) -> list[Draw]:
@@ -166,11 +171,10 @@ class JaxStepper:
         """The Optax state now."""
         return self.program.optimizer(self.carry)
 
-    def buffers(self) -> Observation:
-        """The buffers that the reference has too, in its terms."""
-        with environment(self.bits):
-            found: Observation = host(self.program.buffers(self.carry))
-            return found
+    def held_buffers(self) -> Observation:
+        """The buffers after the last step that the reference has too, in its terms."""
+        found: Observation = self._seen["buffers"]
+        return found
 
     def parameters(self) -> Observation:
         """The parameters after the last step, in the reference's terms."""

@@ -158,8 +158,8 @@ def sparse_adam(options: Options) -> optax.GradientTransformationExtraArgs:
     )
 
 
-def _two(options: Options) -> dict[str, Slot]:
-    return STEP | {"exp_avg": Slot("mu", "moment"), "exp_avg_sq": Slot("nu", "moment")}
+def _sparse(options: Options) -> dict[str, Slot]:
+    return _moments(options) | {"step": Slot("count", "count", python=True)}
 
 
 RULES = {
@@ -168,5 +168,5 @@ RULES = {
     "Adamax": Rule(
         "Adamax", adamax, lambda _: STEP | {"exp_avg": Slot("mu", "moment"), "exp_inf": Slot("nu", "moment")}
     ),
-    "SparseAdam": Rule("SparseAdam", sparse_adam, _two, needs_rows=True),
+    "SparseAdam": Rule("SparseAdam", sparse_adam, _sparse, needs_rows=True),
 }

@@ -159,7 +159,7 @@ def adadelta(options: Options) -> optax.GradientTransformation:
 
 RULES = {
     "RMSprop": Rule("RMSprop", rmsprop, _rms_slots),
-    "Adagrad": Rule("Adagrad", adagrad, lambda _: STEP | {"sum": Slot("sum_of_squares", "moment")}),
+    "Adagrad": Rule("Adagrad", adagrad, lambda _: STEP | {"sum": Slot("sum_of_squares", "moment")}, eager=True),
     "Adadelta": Rule(
         "Adadelta",
         adadelta,
