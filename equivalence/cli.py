@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 SECTIONS = ("models", "frameworks", "checks", "optimizers", "schedules", "losses", "layers")
 NOT_YET = {
-    "schedules": "none yet: learning-rate schedules are compared only as part of your own optimizer pair",
     "layers": "none yet: single layers are judged only as parts of a model",
 }
 TRACEBACK = "EQUIVALENCE_TRACEBACK"
@@ -92,9 +91,17 @@ def cli(context: click.Context) -> None:
 @cli.command(name="list", short_help="What there is: models, checks, ...")
 @click.argument("section", required=False, metavar="[" + "|".join(SECTIONS) + "]")
 def list_(section: str | None) -> None:
-    """Say what there is: models, frameworks, checks, optimizers and more."""
+    """Say what there is: models, frameworks, checks and more.
+
+    optimizers, schedules and losses are also the dictionary from torch to JAX, with the gaps that were measured.
+    """
     if section is not None and section not in SECTIONS:
         raise unknown("section", section, SECTIONS)
+    if section in ("optimizers", "schedules", "losses"):
+        from equivalence.report.dictionary import listing
+
+        click.echo(listing(section, _rows(section)))
+        return
     for name in SECTIONS if section is None else (section,):
         rows = _rows(name)
         if section is None:
@@ -129,6 +136,10 @@ def _rows(section: str) -> list[tuple[str, str]]:
         from equivalence.optimizers import PAIRS
 
         return [(name, pair.summary) for name, pair in PAIRS.items()]
+    if section == "schedules":
+        from equivalence.dictionary import entries
+
+        return [(entry.name, entry.form or "") for entry in entries(section)]
     return []
 
 

@@ -30,8 +30,10 @@ EXAMPLES = 12
 """Examples a port, unless asked otherwise."""
 OWN = "own"
 """The name of the implementations' own pair of optimizers."""
+WHOLE = (OWN, "adam")
+"""Optimizers with which `training` runs every epoch of a spec's plan."""
 OTHER_EPOCHS = 20
-"""Epochs that `training` runs with an optimizer that is not the implementations' own."""
+"""Epochs that `training` runs with any other."""
 SHRINKING = 10
 """Configurations that may be compiled to find a smaller failing one."""
 
@@ -186,11 +188,11 @@ class SpecSource:
         return Example(index, trial.kind, ordinary, weights, self._batches(trial), trial.seed, str(trial))
 
     def training(self, structure: Structure) -> TrainingData | None:
-        """The spec's own training run; with an optimizer that is not its own the first epochs of it."""
+        """The spec's own training run; with an optimizer other than its own or Adam the first epochs of it."""
         if self.spec.training is None:
             return None
         data = self.spec.training(self.spec.config, self.seed)
-        if structure.comparison.optimizer.name == OWN:
+        if structure.comparison.optimizer.name in WHOLE:
             return data
         return dataclasses.replace(data, plan=data.plan.first(OTHER_EPOCHS))
 

@@ -7,7 +7,7 @@ import inspect
 import linecache
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -19,7 +19,7 @@ Path = tuple[int, ...]
 
 Jitter = Callable[[np.ndarray], np.ndarray]
 
-TWINS = 8
+TWINS = 6
 
 FLOAT32, FLOAT64 = 2.0**-22, 2.0**-51
 """A few units of rounding."""
@@ -53,7 +53,6 @@ def unreached(paths: Iterable[Path], functions: Iterable[Callable[..., Any]]) ->
     """The statements of `functions` that no path goes through."""
     seen = {line for path in paths for line in path}
     codes = [inspect.unwrap(function).__code__ for function in functions]
-    # a statement over several lines is reached by any of them: its first instruction decides
     lines = {(c.co_filename, line) for c in codes for line in _statements(c)}
     return [linecache.getline(file, line).strip() for file, line in sorted(lines) if line not in seen]
 
@@ -61,31 +60,40 @@ def unreached(paths: Iterable[Path], functions: Iterable[Callable[..., Any]]) ->
 def _statements(code: Any) -> set[int]:
     source, first = inspect.getsourcelines(code)
     tree = ast.parse(textwrap.dedent("".join(source)))
-    body = tree.body[0].body  # type: ignore[attr-defined]
-    nodes = [node for top in body for node in ast.walk(top) if isinstance(node, ast.stmt)]
-    plain = [n for n in nodes if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
-    return {n.lineno + first - 1 for n in plain if not isinstance(n, ast.FunctionDef)}
+    return {node.lineno + first - 1 for node in _own(tree.body[0])}
 
 
-def shared(run: Callable[[Jitter], Any], functions: Sequence[Callable[..., Any]], size: float) -> tuple[Path, Path]:
-    """The path of a float64 run, and how much of it runs share whose arithmetic is off by `size`.
+def _own(top: ast.AST) -> Iterator[ast.stmt]:
+    """Statements inside one, but not those of functions defined there; docstrings are none."""
+    for node in ast.iter_child_nodes(top):
+        if not isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.stmt) and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+                yield node
+            yield from _own(node)
+
+
+def shared(run: Callable[[Jitter], Any], functions: Sequence[Callable[..., Any]], *sizes: float) -> tuple[Path, ...]:
+    """The path of a float64 run, and for each size how much of it runs share whose arithmetic is off by that much.
 
     Beyond that rounding decides: the reference is no yardstick there (DESIGN section 4: ill-conditioned).
 
     Args:
         run: a float64 run of the reference that passes what its closure is given and answers through a jitter.
         functions: whose lines make the path.
-        size: relative, as `FLOAT32` or `FLOAT64`.
+        sizes: relative, as `FLOAT32` and `FLOAT64`.
     """
     whole = path(lambda: run(still), functions)
-    common = len(whole)
-    for number in range(TWINS):
-        rng = np.random.default_rng(number)
+    found = [whole]
+    for size in sizes:
+        common = len(whole)
+        for number in range(TWINS):
+            twin = path(lambda number=number, size=size: run(_jitter(number, size)), functions)
+            pairs = zip(whole, twin, strict=False)
+            common = min(common, next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(whole), len(twin))))
+        found.append(whole[:common])
+    return tuple(found)
 
-        def jitter(value: np.ndarray, rng: np.random.Generator = rng) -> np.ndarray:
-            return ulp_twin(np.asarray(value), rng, size)
 
-        twin = path(lambda jitter=jitter: run(jitter), functions)
-        pairs = zip(whole, twin, strict=False)
-        common = min(common, next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(whole), len(twin))))
-    return whole, whole[:common]
+def _jitter(number: int, size: float) -> Jitter:
+    rng = np.random.default_rng(number)
+    return lambda value: np.asarray(ulp_twin(np.asarray(value), rng, size))

@@ -163,6 +163,19 @@ def port_side(cases: Sequence[Case], compiled: bool = True) -> Side:
     return run
 
 
+def remembered(side: Side) -> Side:
+    """A side that runs once on equal arrays."""
+    known: dict[Any, Arrays] = {}
+
+    def run(bits: int, arrays: Arrays) -> Arrays:
+        key = bits, tuple((path, value.tobytes()) for path, value in arrays.items())
+        if key not in known:
+            known[key] = side(bits, arrays)
+        return known[key]
+
+    return run
+
+
 def overflows(reference: Side, port: Side, arrays: Arrays) -> list[str]:
     """Paths that are infinite or NaN at other places, or of another sign of infinity, in either precision.
 

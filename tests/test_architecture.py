@@ -33,7 +33,7 @@ FLOORS: dict[str, int] = {
         ),
         3,
     ),
-    **dict.fromkeys(("pipeline", "sources", "api", "train"), 4),
+    **dict.fromkeys(("pipeline", "sources", "api", "train", "dictionary"), 4),
     **dict.fromkeys(("report", "cli", "pytest_plugin"), 5),
 }
 

@@ -4,208 +4,162 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.optim import LBFGS
-from torch.optim import lbfgs as source
 from torch.testing._internal.common_optimizers import optim_db
 
-from equivalence.errors import InputError
 from equivalence.optimizers import lbfgs
-from equivalence.optimizers.lbfgs_slots import fill, moved, read, slots_of_state, write
-from equivalence.runtimes.jax import environment
-from tests.agreement import Arrays, Side, assert_agree, disagreements
-from tests.branches import FLOAT32, FLOAT64, Jitter, Path, shared, still, unreached
+from tests.agreement import assert_agree, disagreements
+from tests.branches import Path, unreached
+from tests.lbfgs_sides import (
+    TORCH,
+    Case,
+    in_jax,
+    settled,
+    sides,
+    training,
+    wide,
+)
 
-TORCH = (LBFGS.step, source._strong_wolfe, source._cubic_interpolate)
-KINDS = {32: torch.float32, 64: torch.float64}
-MOST = 100
-
-
-def network(xp: Any, p: Any, data: Any) -> Any:
-    out = xp.tanh(data["x"] @ p["w"] + p["b"]) @ p["v"] * p["s"]
-    return ((out - data["y"]) ** 2).mean()
-
-
-def squares(xp: Any, p: Any, data: Any) -> Any:
-    return ((data["x"] @ p["w"] + p["b"] - data["y"]) ** 2).mean()
-
-
-def valley(xp: Any, p: Any, data: Any) -> Any:
-    x = p["w"]
-    return (data["x"] * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
-
-
-LOSSES = {"network": network, "squares": squares, "valley": valley}
-SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
-    "network": {"p.w": (3, 4), "p.b": (4,), "p.v": (4, 2), "p.s": (), "x": (7, 3), "y": (7, 2)},
-    "squares": {"p.w": (3, 2), "p.b": (2,), "x": (7, 3), "y": (7, 2)},
-    "valley": {"p.w": (4,), "x": (3,)},
+SHORT = {"history_size": 3}
+CASES = {
+    **{
+        f"optim_db {info.desc}": Case("network", info.kwargs, 2)
+        for entry in optim_db
+        if entry.optim_cls is LBFGS
+        for info in entry.optim_inputs_func("cpu")
+    },
+    "least squares": Case("squares", {"history_size": 4, "max_iter": 4}, 20, 1),
+    "100 steps": Case("valley", {**SHORT, "max_iter": 2, "lr": 0.05}, 100, 8),
+    "100 searches": Case("valley", {**SHORT, "max_iter": 2, "line_search_fn": "strong_wolfe"}, 100, 9),
+    "search short of evaluations": Case(
+        "valley", {**SHORT, "max_iter": 3, "max_eval": 5, "line_search_fn": "strong_wolfe"}, 20, 10
+    ),
+    "converges": Case("valley", {**SHORT, "max_iter": 10, "tolerance_grad": 1e-2}, 12, 1),
+    "short of evaluations": Case("valley", {**SHORT, "max_iter": 8, "max_eval": 3}, 12, 2),
+    "parameters hardly move": Case("valley", {**SHORT, "max_iter": 5, "lr": 1e-11}, 4, 3),
+    "loss hardly moves": Case("valley", {**SHORT, "max_iter": 5, "tolerance_change": 0.1}, 6, 17),
+    "flat": Case("valley", {**SHORT, "max_iter": 5, "tolerance_change": 10.0, "tolerance_grad": 0.0}, 12, 5),
+    "no iterations": Case("valley", {**SHORT, "max_iter": 0}, 2, 6),
+    "upwards": Case("valley", {**SHORT, "max_iter": 5, "lr": 0.3}, 6, 19),
 }
 
 
-def problem(name: str, seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    arrays = {key: rng.normal(size=shape) for key, shape in SHAPES[name].items()}
-    return arrays | ({"x": rng.uniform(1, 20, size=3)} if name == "valley" else {})
+@functools.cache
+def known(name: str) -> tuple[Path, int, int]:
+    return settled(CASES[name])
 
 
-def parts(arrays: Arrays, make: Callable[[Any], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and data."""
-    made = {key: make(value) for key, value in arrays.items()}
-    params = {key.removeprefix("p."): value for key, value in made.items() if key.startswith("p.")}
-    return params, {key: value for key, value in made.items() if not key.startswith("p.")}
+def test_there_are_five_configurations_in_optim_db():
+    assert sum(name.startswith("optim_db") for name in CASES) == 5
 
 
-@dataclass(frozen=True)
-class Case:
-    """A problem, torch's options, and how many steps to take."""
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    steps: int = 8
-    seed: int = 0
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        return problem(self.name, self.seed)
-
-    @property
-    def group(self) -> dict[str, Any]:
-        group = LBFGS([torch.nn.Parameter(torch.zeros(1))], **self.options).param_groups[0]
-        return {key: value for key, value in group.items() if key != "params"}
+@pytest.mark.parametrize("name", CASES)
+def test_every_step_is_torchs(name):
+    _, judged, narrow = known(name)
+    assert judged == CASES[name].steps, "rounding decides a branch: no case to judge"
+    assert_agree(*sides(CASES[name], judged, narrow), CASES[name].arrays)
 
 
-def flat(step: int, slots: Mapping[str, Any], size: int) -> dict[str, np.ndarray]:
-    """Slots by path, with histories filled up with zeros so that shapes do not depend on how many pairs are held."""
-
-    def padded(rows: Any) -> np.ndarray:
-        rows = np.asarray(rows, np.float64)
-        return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]))])
-
-    found: dict[str, Any] = {}
-    for key, value in slots.items():
-        if key in ("old_dirs", "old_stps"):
-            found |= {f"{key}.{name}": padded(rows) for name, rows in value.items()}
-        elif key in ("ro", "al"):
-            found[key] = padded([number for number in value if number is not None])
-        elif isinstance(value, dict):
-            found |= {f"{key}.{name}": leaf for name, leaf in value.items()}
-        else:
-            found[key] = value if key in ("n_iter", "func_evals") else float(value)
-    return {f"{step:03d}.{key}": np.asarray(value) for key, value in found.items()}
+def test_these_go_through_every_line_of_torchs_step():
+    left = unreached([known(name)[0] for name in CASES], TORCH[:1])
+    assert [line for line in left if not line.startswith("raise ")] == []
 
 
-def in_torch(case: Case, bits: int, arrays: Arrays, jitter: Jitter = still) -> dict[str, np.ndarray]:
-    params, data = parts(arrays, lambda value: torch.tensor(value, dtype=KINDS[bits]))
-    optimizer = LBFGS([param.requires_grad_() for param in params.values()], **case.options)
-
-    def closure() -> Any:
-        at = {name: torch.from_numpy(jitter(p.detach().numpy())).requires_grad_() for name, p in params.items()}
-        loss = LOSSES[case.name](torch, at, data)
-        for param, gradient in zip(params.values(), torch.autograd.grad(loss, list(at.values())), strict=True):
-            param.grad = torch.from_numpy(jitter(gradient.numpy()))
-        return torch.from_numpy(jitter(loss.detach().numpy()))
-
-    found: dict[str, np.ndarray] = {}
-    for step in range(case.steps):
-        found[f"{step:03d}.loss"] = np.asarray(optimizer.step(closure))
-        found |= {f"{step:03d}.params.{name}": param.detach().numpy().copy() for name, param in params.items()}
-        found |= flat(step, read(optimizer, list(params)), case.group["history_size"])
-    return found
-
-
-NUMBERS = ("lr", "max_iter", "max_eval", "tolerance_grad", "tolerance_change")
+@settings(max_examples=15)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([None, "strong_wolfe"]),
+    st.sampled_from([1.0, 0.3, 0.03]),
+    st.integers(1, 5),
+    st.integers(1, 8),
+    st.sampled_from([1e-9, 1e-3, 0.1]),
+    st.sampled_from([1e-7, 1e-2]),
+)
+def test_any_options_step_as_in_torch(seed, search, rate, iterations, evals, change, gradient):
+    options = {"line_search_fn": search, "lr": rate, "max_iter": iterations, "max_eval": evals}
+    limits = {"tolerance_change": change, "tolerance_grad": gradient}
+    case = Case("valley", {**SHORT, **options, **limits}, 4, seed)
+    _, judged, narrow = settled(case)
+    assume(judged)
+    assert_agree(*sides(case, judged, narrow), case.arrays)
 
 
-def training(name: str, search: str | None, size: int) -> Callable[..., Any]:
-    """Up to `MOST` steps in one program; numbers of options are its arguments."""
-
-    def run(params: Any, data: Any, numbers: Any, steps: Any) -> Any:
-        transform = lbfgs.scale_by_torch_lbfgs({**numbers, "line_search_fn": search, "history_size": size})
-
-        def value(params: Any) -> Any:
-            return LOSSES[name](jnp, params, data)
-
-        def step(carry: Any) -> Any:
-            params, state = carry
-            loss, gradient = jax.value_and_grad(value)(params)
-            change, state = transform.update(gradient, state, params, value_fn=value)
-            params = optax.apply_updates(params, change)
-            return (params, state), {"loss": loss, "params": params, "state": state}
-
-        def put(number: Any, all_: Any) -> Any:
-            carry, seen = all_
-            carry, now = step(carry)
-            return carry, jax.tree.map(lambda rows, row: rows.at[number].set(row), seen, now)
-
-        start = params, transform.init(params)
-        rows = jax.tree.map(lambda s: jnp.zeros((MOST, *s.shape), s.dtype), jax.eval_shape(step, start)[1])
-        return jax.lax.fori_loop(0, steps, put, (start, rows))[1]
-
-    return jax.jit(run)
+def test_torchs_lines_are_jumped_where_nothing_is_to_be_done():
+    """No step is taken from an optimum, and the closure is called once."""
+    case = dataclasses.replace(CASES["converges"], options={**SHORT, "tolerance_grad": 1e9}, steps=1)
+    found = in_jax(case, 64, wide(case.arrays))
+    assert {key.split(".")[1] for key in found} == {"loss", "params", "func_evals", "n_iter"}
+    assert found["000.func_evals"] == 1
+    np.testing.assert_array_equal(found["000.params.w"], wide(case.arrays)["p.w"])
 
 
-kept = functools.cache(training)
+def with_options(**changed: Any) -> Callable[..., Any]:
+    real = lbfgs._step
+    return lambda options, *given: real({**options, **changed}, *given)
 
 
-def in_jax(case: Case, bits: int, arrays: Arrays, make: Callable[..., Any] = kept) -> dict[str, np.ndarray]:
-    group, found = case.group, {}
-    with environment(bits):
-        params, data = parts(arrays, jnp.asarray)
-        numbers = {key: jnp.asarray(np.asarray(group[key]).item()) for key in NUMBERS}
-        program = make(case.name, group["line_search_fn"], group["history_size"])
-        seen = jax.tree.map(np.asarray, program(params, data, numbers, case.steps))
-        for step in range(case.steps):
-            now = jax.tree.map(lambda rows, step=step: rows[step], seen)
-            found[f"{step:03d}.loss"] = now["loss"]
-            found |= {f"{step:03d}.params.{name}": value for name, value in now["params"].items()}
-            found |= flat(step, slots_of_state(now["state"]), group["history_size"])
-    return found
+def remembered(change: Callable[[Any], Any]) -> Callable[..., Any]:
+    real = lbfgs._remember
+    return lambda state, *given: change(real(state, *given))
 
 
-def wide(arrays: Arrays) -> Arrays:
-    return {key: value.astype(np.float32).astype(np.float64) for key, value in arrays.items()}
+def reversed_history(state: Any) -> Any:
+    rows = jnp.arange(state.ro.shape[0])
+    order = jnp.where(rows < state.held, state.held - 1 - rows, rows)
+    flip = functools.partial(jax.tree.map, lambda history: history[order])
+    return state._replace(old_dirs=flip(state.old_dirs), old_stps=flip(state.old_stps), ro=flip(state.ro))
 
 
-def settled(case: Case) -> tuple[Path, int, int]:
-    """The lines of torch's step in the steps to judge, how many those are, and in how many of them float32 counts."""
-
-    def run(jitter: Jitter) -> Any:
-        return in_torch(case, 64, wide(case.arrays), jitter)
-
-    whole, broad = shared(run, TORCH, FLOAT64)
-    _, narrow = shared(run, TORCH, FLOAT32)
-    starts = [number for number, line in enumerate(whole) if line == whole[0]] + [len(whole)]
-
-    def steps(prefix: Path) -> int:
-        return max(number for number, start in enumerate(starts) if start <= len(prefix))
-
-    return whole[: starts[steps(broad)]], steps(broad), steps(narrow)
+def forgets_count(options: Any, value: Any, gradient: Any, state: Any, params: Any, real: Any = lbfgs._step) -> Any:
+    return real(options, value, gradient, state._replace(n_iter=jnp.zeros_like(state.n_iter)), params)
 
 
-def sides(case: Case, judged: int, narrow: int, make: Callable[..., Any] = kept) -> tuple[Side, Side]:
-    """Both sides over the steps that rounding does not decide; float32 where it does not decide in float32 either."""
+def newest_replaced(state: Any, *given: Any, real: Any = lbfgs._remember) -> Any:
+    full = state.held == state.ro.shape[0]
+    return real(state._replace(held=jnp.where(full, state.held - 1, state.held)), *given)
 
-    def limited(run: Callable[..., dict[str, np.ndarray]]) -> Side:
-        short = dataclasses.replace(case, steps=judged)
 
-        def side(bits: int, arrays: Arrays) -> Arrays:
-            found = run(short, 64, wide(arrays) if bits == 32 else arrays) if narrow < judged or bits == 64 else {}
-            if bits == 32 and narrow:
-                found |= run(dataclasses.replace(case, steps=narrow), 32, arrays)
-            return found
+def stops_but_for(part: str) -> Callable[..., Any]:
+    real = lbfgs._stops
+    nan = {"loss": lambda walk: walk._replace(loss=walk.loss * jnp.nan)}
+    nan["gradient"] = lambda walk: walk._replace(gradient=jax.tree.map(lambda g: g * jnp.nan, walk.gradient))
+    nan["step"] = lambda walk: walk._replace(state=walk.state._replace(t=walk.state.t * jnp.nan))
+    return lambda options, walk: real(options, nan[part](walk))
 
-        return side
 
-    return limited(in_torch), limited(lambda *given: in_jax(*given, make))
+FAULTS: dict[str, tuple[str, str, Any]] = {
+    "first step not shortened": ("converges", "_first_trial", lambda first, gradient, lr: jnp.asarray(lr)),
+    "every first trial shortened": ("converges", "_first_trial", lambda f, g, lr, r=lbfgs._first_trial: r(True, g, lr)),
+    "history reversed": ("converges", "_remember", remembered(reversed_history)),
+    "newest pair replaced": ("upwards", "_remember", newest_replaced),
+    "sign of ro": ("converges", "_remember", remembered(lambda state: state._replace(ro=-state.ro))),
+    "H_diag 1": ("converges", "_remember", remembered(lambda s: s._replace(H_diag=jnp.ones_like(s.H_diag)))),
+    "keeps negative curvature": ("upwards", "LEAST_CURVATURE", -1e30),
+    "no exit at an optimum": ("converges", "_step", with_options(tolerance_grad=-1.0)),
+    "max_eval ignored": ("short of evaluations", "_step", with_options(max_eval=10**6)),
+    "n_iter begins anew": ("converges", "_step", forgets_count),
+    "small gradient ignored": ("converges", "_stops", stops_but_for("gradient")),
+    "small step ignored": ("parameters hardly move", "_stops", stops_but_for("step")),
+    "small gain ignored": ("loss hardly moves", "_stops", stops_but_for("loss")),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault, monkeypatch):
+    name, place, wrong = FAULTS[fault]
+    real = lbfgs._quasi_newton
+    # a function of its own: JAX would reuse what it traced before the fault was planted
+    monkeypatch.setattr(lbfgs, "_quasi_newton", lambda *given: real(*given))
+    monkeypatch.setattr(lbfgs, place, wrong)
+    case = CASES[name]
+    reference, port = sides(case, case.steps, 0, training)
+    assert disagreements(reference, lambda bits, arrays: (port if bits == 64 else reference)(bits, arrays), case.arrays)

@@ -21,7 +21,7 @@ from equivalence.optimizers.rules import adam, adam_corrections, common, matrix
 from equivalence.optimizers.rules.table import ROWS, OptimizerRow
 from equivalence.runtimes import jax as jax_runtime
 from tests.agreement import Arrays, assert_agree, disagreements
-from tests.rule_sides import Case, overflows, port_side, torch_side
+from tests.rule_sides import Case, overflows, port_side, remembered, torch_side
 
 NAMES = sorted(set(rules.HOMES) - {"LBFGS"})  # which moves all parameters together, and has tests of its own
 SHAPE = (3, 5)
@@ -155,8 +155,9 @@ def test_any_options_on_any_gradients(name: str, data: st.DataObject) -> None:
     if not case.options.get("momentum", 1):
         moves = tuple(value for value in moves if value != "momentum")
     kind = data.draw(st.sampled_from(KINDS), label="kind")
-    arrays = draw(name, 5, {"leaf": SHAPE}, data.draw(st.integers(0, 999), label="seed"), kind, moves)
-    reference, port = torch_side([case]), port_side([case], compiled=False)
+    steps = 8 if name == "RAdam" else 4  # which is rectified from step 6 on
+    arrays = draw(name, steps, {"leaf": SHAPE}, data.draw(st.integers(0, 999), label="seed"), kind, moves)
+    reference, port = remembered(torch_side([case])), remembered(port_side([case], compiled=False))
     assert_agree(reference, port, arrays, fixed(arrays))
     assert not overflows(reference, port, arrays)
 
@@ -281,7 +282,7 @@ def test_muon_rounds_to_bfloat16_where_torch_does(shape: tuple[int, ...]) -> Non
     from torch.optim._muon import _zeropower_via_newtonschulz
 
     plain = np.random.default_rng(6).normal(size=shape).astype(np.float32)
-    for steps in range(6):
+    for steps in (0, 1, 5):
         theirs = _zeropower_via_newtonschulz(torch.tensor(plain), COEFFICIENTS, steps, 1e-7).float().numpy()
         with jax_runtime.environment(32):
             ours = np.asarray(matrix.orthogonalized(jnp.asarray(plain), COEFFICIENTS, steps, 1e-7))

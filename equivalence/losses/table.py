@@ -182,7 +182,8 @@ LOSSES: tuple[Loss, ...] = (
          "-jax.scipy.stats.norm.logpdf(y, x, jnp.sqrt(v)).mean()", "losses.gaussian_nll(x, y, v)",
          "torch leaves log(2 pi) / 2 away, and clamps the variance at 1e-6, which no gradient sees", _normals),
     # F.kl_div warns of its default mean
-    Loss("kl_div", "KLDivLoss", "F.kl_div(x, y, reduction='none').mean()", "optax.kl_divergence(x, y).mean()", "losses.kl_div(x, y)",
+    Loss("kl_div", "KLDivLoss", "F.kl_div(x, y, reduction='none').mean()", "optax.kl_divergence(x, y).mean()",
+         "losses.kl_div(x, y)",
          "torch's default mean divides by the classes too; its batchmean is Optax's mean", _distributions),
     Loss("bce", "BCELoss", "F.binary_cross_entropy(x, y)",
          "-(y * jnp.log(x + 1e-15) + (1 - y) * jnp.log(1 - x + 1e-15)).mean()", "losses.bce(x, y)",

@@ -62,7 +62,7 @@ def write(optimizer: Any, names: Sequence[str], slots: Mapping[str, Any]) -> Non
         names: the names of its parameters, in the order of its params list.
         slots: as from `read` or `slots_of_state`; vectors are cast to the dtype of torch's flat vector.
 
-    Raises InputError if there are more or fewer names than parameters, or a vector lacks one of them.
+    Raises InputError if there are more or fewer names than parameters, or a vector lacks one or has another shape.
     """
     import torch
 
@@ -82,9 +82,10 @@ def write(optimizer: Any, names: Sequence[str], slots: Mapping[str, Any]) -> Non
         numbers = [_tensor(number, flat.device) for number in (value if key in NUMBERS else [value])]
         return numbers if key in NUMBERS else numbers[0]
 
+    made = {key: one(key, value) for key, value in slots.items()}
     optimizer.state.pop(first, None)
-    if slots:
-        optimizer.state[first] = {key: one(key, value) for key, value in slots.items()}
+    if made:
+        optimizer.state[first] = made
 
 
 def moved(slots: Mapping[str, Any], move: Callable[[Flat], Flat]) -> Slots:
@@ -144,7 +145,7 @@ def fill(template: TorchLbfgsState, slots: Mapping[str, Any]) -> TorchLbfgsState
         template: a fresh state, from the transformation's `init`, of the wanted dtypes and history size.
         slots: under the port's leaf names and layouts.
 
-    Raises InputError if torch holds more pairs than the history has rows.
+    Raises InputError if torch holds more pairs than the history has rows, or a leaf is missing or of another shape.
     """
     if not slots.get("n_iter"):
         return template._replace(func_evals=_as(template.func_evals, slots.get("func_evals", 0)))
@@ -153,18 +154,20 @@ def fill(template: TorchLbfgsState, slots: Mapping[str, Any]) -> TorchLbfgsState
         raise InputError(f"LBFGS holds {held} pairs, more than its history_size {size}")
 
     def padded(kind: Any, rows: Any) -> Any:
-        rows = jnp.asarray(np.asarray(rows), kind.dtype).reshape(-1, *kind.shape[1:])
-        return kind.at[: rows.shape[0]].set(rows)
+        rows = np.asarray(rows)
+        return kind.at[: len(rows)].set(rows.astype(kind.dtype))
 
-    def tree(kinds: Any, leaves: Flat, put: Callable[[Any, Any], Any]) -> Any:
-        return like(kinds, {name: put(kind, leaves[name]) for name, kind in by_path(kinds).items()})
+    def tree(kinds: Any, leaves: Flat, put: Callable[[Any, Any], Any], axes: int = 0) -> Any:
+        known = by_path(kinds)
+        _fits(leaves, {name: kind.shape[axes:] for name, kind in known.items()}, axes)
+        return like(kinds, {name: put(kind, leaves[name]) for name, kind in known.items()})
 
     used = [number for number in slots.get(LATE, ()) if number is not None]
     return TorchLbfgsState(
         d=tree(template.d, slots["d"], _as),
         t=_as(template.t, slots["t"]),
-        old_dirs=tree(template.old_dirs, slots["old_dirs"], padded),
-        old_stps=tree(template.old_stps, slots["old_stps"], padded),
+        old_dirs=tree(template.old_dirs, slots["old_dirs"], padded, 1),
+        old_stps=tree(template.old_stps, slots["old_stps"], padded, 1),
         ro=padded(template.ro, slots["ro"]),
         al=padded(template.al, used),
         H_diag=_as(template.H_diag, slots["H_diag"]),
@@ -200,15 +203,21 @@ def _split(flat: np.ndarray, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
     parts = np.split(flat, ends[:-1], axis=-1)
     return {
-        name: part.reshape((*flat.shape[:-1], *shape)) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        name: part.reshape((*flat.shape[:-1], *shape))
+        for (name, shape), part in zip(shapes.items(), parts, strict=True)
     }
 
 
 def _joined(leaves: Flat, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray:
-    absent = [name for name in shapes if name not in leaves]
-    if absent:
-        raise InputError(f"LBFGS state lacks {', '.join(absent)}")
+    _fits(leaves, shapes)
     return np.concatenate([np.asarray(leaves[name]).reshape(-1) for name in shapes])
+
+
+def _fits(leaves: Flat, shapes: Mapping[str, tuple[int, ...]], axes: int = 0) -> None:
+    """Raise InputError for leaves that are missing or, beyond the first `axes`, of another shape."""
+    wrong = [n for n, shape in shapes.items() if n not in leaves or np.shape(leaves[n])[axes:] != shape]
+    if wrong:
+        raise InputError(f"LBFGS state lacks {', '.join(wrong)}, or has it in another shape")
 
 
 def _array(value: Any) -> Any:
@@ -219,7 +228,7 @@ def _array(value: Any) -> Any:
 
     plain = value.detach().cpu()
     low = plain.dtype == torch.bfloat16
-    return np.array(plain.view(torch.int16)).view(ml_dtypes.bfloat16) if low else np.array(plain)
+    return plain.view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16) if low else plain.numpy().copy()
 
 
 def _tensor(value: Any, device: Any = None) -> Any:

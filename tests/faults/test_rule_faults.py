@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
-from equivalence.optimizers.rules import adam, adam_corrections, common, matrix, rule_for, steps
+from equivalence.optimizers.rules import adam, adam_corrections, matrix, rule_for, steps
 from equivalence.optimizers.rules.common import descend, gradient_of
 from tests.agreement import disagreements
-from tests.rule_sides import Case, Make, overflows, port_side, torch_side
+from tests.rule_sides import Case, Make, overflows, port_side, remembered, torch_side
 from tests.test_optimizer_rules import SHAPE, draw, fixed
 
 Options = Mapping[str, Any]
@@ -23,8 +22,9 @@ Options = Mapping[str, Any]
 def noticed(case: Case, make: Make, kind: str = "normal", moving: tuple[str, ...] = (), state: bool = True) -> bool:
     """Whether a wrong rule shows; with `state=False` in the parameters alone."""
     shapes = {"leaf": SHAPE} | ({"vector": (7,)} if case.name == "Adafactor" else {})
-    arrays = draw(case.name, 6, shapes, 7, kind, moving)
-    reference, port = torch_side([case]), port_side([Case(case.name, case.options, make, state)], compiled=False)
+    arrays = draw(case.name, 8 if case.name == "RAdam" else 4, shapes, 7, kind, moving)  # rectified from step 6 on
+    wrong = Case(case.name, case.options, make, with_state=state)
+    reference, port = remembered(torch_side([case])), remembered(port_side([wrong], compiled=False))
     found = [path for path in disagreements(reference, port, arrays, fixed(arrays)) if state or ".param." in path]
     return bool(found) or (state and bool(overflows(reference, port, arrays)))
 
@@ -62,7 +62,7 @@ BASES = [
     Base("Adafactor", {"weight_decay": 0.1}, ("eps1",)),  # reached in the next
     Base("Adafactor", {"eps": (1.0, 2.0)}, ("d",)),
     Base("Muon", {"momentum": 0.75, "ns_coefficients": (3.5, -4.75, 2.0)}, ("eps",)),
-    Base("Muon", {"momentum": 0.75, "eps": 16.0, "ns_steps": 1}),
+    Base("Muon", {"momentum": 0.75, "eps": 16.0, "ns_steps": 1}, ("ns_coefficients2",)),  # the matrix is small there
 ]
 SWITCHES = ("foreach", "fused", "capturable", "differentiable")
 
@@ -100,112 +100,117 @@ def test_each_option_a_little_off_is_noticed(base: Base, wrong: Options) -> None
     assert noticed(Case(base.name, base.options), lambda _: rule_for(base.name).make(wrong))
 
 
-def ahead(make: Make, **fields: Any) -> Make:
-    """The rule with other values at its start."""
+def patched(name: str, module: Any, piece: str, value: Any) -> Make:
+    """The right rule of an optimizer with one of its pieces replaced."""
 
-    def wrong(options: Options) -> optax.GradientTransformation:
-        rule = optax.with_extra_args_support(make(options))
-        return optax.GradientTransformationExtraArgs(
-            lambda params: optax.tree.set(rule.init(params), **fields), rule.update
-        )
+    def make(options: Options) -> optax.GradientTransformationExtraArgs:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, piece, value)
+            rule = optax.with_extra_args_support(rule_for(name).make(options))
 
-    return wrong
+        def update(*args: Any, **kwargs: Any) -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(module, piece, value)
+                return rule.update(*args, **kwargs)
+
+        return optax.GradientTransformationExtraArgs(rule.init, update)
+
+    return make
 
 
 def around(*pieces: Any, decoupled: bool = False) -> Make:
     """torch's chain around another direction; a piece may be made of the options."""
 
-    def wrong(options: Options) -> optax.GradientTransformation:
-        made = [piece if isinstance(piece, optax.GradientTransformation) else piece(options) for piece in pieces]
+    def make(options: Options) -> optax.GradientTransformation:
+        made = [piece if isinstance(piece, tuple) else piece(options) for piece in pieces]
         decay = [optax.add_decayed_weights(options["weight_decay"])] if decoupled else []
         return optax.chain(*gradient_of(options, decay=not decoupled), *made, *decay, descend(options["lr"]))
 
-    return wrong
+    return make
 
 
-def patched(module: Any, name: str, value: Any) -> Make:
-    """The right rule of the case's optimizer, one of its pieces replaced while it runs."""
-
-    def wrong(options: Options) -> optax.GradientTransformation:
-        kind = {"w_adam": "Adam"}.get(name, options["_name"])
-        rule = optax.with_extra_args_support(rule_for(kind).make(options))
-
-        def update(*args: Any, **kwargs: Any) -> Any:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(module, name, value)
-                return rule.update(*args, **kwargs)
-
-        return optax.GradientTransformationExtraArgs(rule.init, update)
-
-    return wrong
+def chained(*pieces: Any) -> Make:
+    """A chain of its own; `"lr"` stands for the step down."""
+    return lambda options: optax.chain(*(descend(options["lr"]) if piece == "lr" else piece for piece in pieces))
 
 
-HEAVY = {"momentum": 0.9}
-DECAY = {"weight_decay": 0.1}
+def from_state(direction: Any, state: Any = lambda state, options: state, eps: Any = lambda eps, root: eps) -> Make:
+    """A direction made anew each step: from another state, or with eps across the bias correction."""
+
+    def make(options: Options) -> optax.GradientTransformationExtraArgs:
+        b1, b2 = options["betas"]
+
+        def update(g: Any, s: Any, p: Any = None, **extra: Any) -> Any:
+            root = jnp.sqrt(1 - b2 ** (s.count + 1.0))
+            made = direction(b1, b2, eps(options["eps"], root))
+            return optax.with_extra_args_support(made).update(g, state(s, options), p, **extra)
+
+        return optax.GradientTransformationExtraArgs(direction(b1, b2, 0.0).init, update)
+
+    return around(make)
 
 
-def _pick(function: Any, *names: str) -> Any:
-    return lambda options: function(*(options[name] for name in names))
+def started(name: str, count: int) -> Make:
+    """The right rule, its counter off by so much."""
+
+    def make(options: Options) -> optax.GradientTransformation:
+        rule = rule_for(name).make(options)
+        return optax.GradientTransformation(
+            lambda params: optax.tree.set(rule.init(params), count=jnp.asarray(count, jnp.int32)), rule.update
+        )
+
+    return make
 
 
-def _decay(options: Options) -> optax.GradientTransformation:
-    return optax.add_decayed_weights(options["weight_decay"])
-
-
-def _sign_first_lost(options: Options) -> optax.GradientTransformation:
-    """maximize turns the decay too."""
-    rule = rule_for("SGD").make({**options, "maximize": False})
-    return optax.chain(rule, optax.scale(-1.0))
-
-
-def _rows(keep: Any) -> Make:
+def of_rows(keep: Any) -> Make:
     """SparseAdam told of other rows: `keep(rows, gradient)`."""
 
-    def wrong(options: Options) -> optax.GradientTransformationExtraArgs:
+    def make(options: Options) -> optax.GradientTransformationExtraArgs:
         rule = adam.sparse_adam(options)
         return optax.GradientTransformationExtraArgs(
             rule.init, lambda g, s, p=None, *, rows: rule.update(g, s, p, rows=keep(rows, g))
         )
 
-    return wrong
+    return make
 
 
-def _sparse_of_adam(options: Options) -> optax.GradientTransformationExtraArgs:
-    """Adam on the rows held, with eps where Adam has it."""
-    b1, b2 = options["betas"]
-    right, other = adam.sparse_adam(options), adam.scale_by_torch_adam(b1, b2, options["eps"])
-
-    def update(g: Any, s: Any, p: Any = None, *, rows: Any) -> Any:
-        _, after = right.update(g, s, p, rows=rows)
-        direction, _ = other.update(g, optax.tree.get(s, "ScaleByAdamState") or s[0], p)
-        return jnp.where(rows[:, None], -options["lr"] * direction, 0), after
-
-    return optax.GradientTransformationExtraArgs(right.init, update)
-
-
-def _asgd(**wrong: Any) -> Make:
-    """ASGD whose rate or average follows at once."""
+def asgd(before: Any = lambda state, rate: state, after: Any = lambda state, weights: state) -> Make:
+    """ASGD with its state changed before or after each step."""
 
     def make(options: Options) -> optax.GradientTransformation:
-        rule = steps.asgd(options)
+        rule = steps.torch_asgd(options["lr"], options["lambd"], options["alpha"], options["t0"])
 
         def update(g: Any, s: Any, p: Any = None) -> Any:
-            state = s[-1]
-            if "eta" in wrong:
-                state = state._replace(eta=jnp.asarray(options["lr"], float))
-            change, after = rule.update(g, (*s[:-1], state), p)
-            if "ax" in wrong:
-                after = (*after[:-1], after[-1]._replace(ax=p))
-            return change, after
+            change, state = rule.update(g, before(s, jnp.asarray(options["lr"], float)), p)
+            return change, after(state, p)
 
         return optax.GradientTransformation(rule.init, update)
 
     return make
 
 
+def eps_on_the_maximum(options: Options) -> optax.GradientTransformation:
+    rule = adam.scale_by_torch_adamax(0.9, 0.999, 0.0)
+
+    def update(g: Any, s: Any, p: Any = None) -> Any:
+        direction, state = rule.update(g, s, p)
+        return direction * state.nu / (state.nu + options["eps"]), state
+
+    return optax.GradientTransformation(rule.init, update)
+
+
+ITERATION = matrix.orthogonalized.__wrapped__
+
+
+def in_float32(matrix_: Any, coefficients: Any, steps_: int, eps: float) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matrix, "_bfloat16", lambda array: array.astype(jnp.float32))
+        return ITERATION(matrix_, coefficients, steps_, eps)
+
+
 @dataclass(frozen=True)
 class Swap:
-    """A convention of torch's beside the one that is often taken for it."""
+    """What is taken for torch's convention, and the rule that takes it so."""
 
     what: str
     name: str
@@ -215,51 +220,112 @@ class Swap:
     moving: tuple[str, ...] = ()
     state: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}"
 
-ADAM = _pick(lambda b, e: optax.scale_by_adam(*b, e), "betas", "eps")
+
+HEAVY, DECAY, DECAYED = {"momentum": 0.9}, {"weight_decay": 0.1}, optax.add_decayed_weights(0.1)
 SWAPS = [
-    Swap("an average of gradients for a heavy ball", "SGD", HEAVY, around(optax.ema(0.9, debias=False))),
+    Swap("an average, no heavy ball", "SGD", HEAVY, around(optax.ema(0.9, debias=False))),
     Swap("dampening at the first step", "SGD", HEAVY | {"dampening": 0.5}, around(optax.scale(0.5), optax.trace(0.9))),
-    Swap("decay after the momentum", "SGD", HEAVY | DECAY, lambda o: optax.chain(optax.trace(0.9), _decay(o), descend(o["lr"]))),
-    Swap("decay of the first moved weights only", "SGD", HEAVY | DECAY, around(optax.trace(0.9), decoupled=True)),
-    Swap("decay without the rate", "SGD", DECAY, lambda o: optax.chain(descend(o["lr"]), optax.add_decayed_weights(-0.1))),
-    Swap("the rate inside the momentum", "SGD", HEAVY, lambda o: optax.chain(descend(o["lr"]), optax.trace(0.9)), moving=("lr",)),
-    Swap("maximize turns the decay too", "SGD", DECAY | {"maximize": True}, _sign_first_lost),
+    Swap("decay after the momentum", "SGD", HEAVY | DECAY, chained(optax.trace(0.9), DECAYED, "lr")),
+    Swap("decay without the rate", "SGD", DECAY, chained("lr", optax.add_decayed_weights(-0.1))),
+    Swap("rate inside the momentum", "SGD", HEAVY, chained("lr", optax.trace(0.9)), moving=("lr",)),
+    Swap("maximize turns the decay", "SGD", DECAY | {"maximize": True}, chained(DECAYED, optax.scale(-1.0), "lr")),
     Swap("eps inside the root", "Adam", {"eps": 1e-3}, around(optax.scale_by_adam(eps=0.0, eps_root=1e-3))),
-    Swap("eps before the bias correction", "Adam", {"eps": 1e-3}, around(lambda o: _eps_hat(o))),
-    Swap("no bias correction", "Adam", {}, patched(adam, "one_minus_power", lambda b, t: jnp.ones([]))),
-    Swap("the step off by one", "Adam", {}, ahead(adam.adam, count=jnp.asarray(1, jnp.int32))),
-    Swap("decay decoupled", "Adam", DECAY, around(ADAM, decoupled=True)),
-    Swap("decay coupled", "AdamW", DECAY, around(ADAM)),
-    Swap("decay without the rate", "AdamW", DECAY, lambda o: optax.chain(ADAM(o), descend(o["lr"]), optax.add_decayed_weights(-0.1))),
-    Swap("Optax's default decay", "AdamW", {}, lambda o: optax.adamw(o["lr"])),
-    Swap("the maximum after the bias correction", "Adam", {"amsgrad": True}, around(optax.scale_by_amsgrad())),
-    Swap("Nesterov's Adam", "Adam", {}, around(optax.scale_by_adam(nesterov=True))),
-    Swap("eps added to the maximum", "Adamax", {"eps": 0.1}, lambda o: _eps_on_maximum(o)),
+    Swap(
+        "eps before the correction",
+        "Adam",
+        {"eps": 1e-3},
+        from_state(adam.scale_by_torch_adam, eps=lambda eps, root: eps / root),
+    ),
+    Swap("no bias correction", "Adam", {}, patched("Adam", adam, "one_minus_power", lambda b, t: jnp.ones([]))),
+    Swap("step off by one", "Adam", {}, started("Adam", 1)),
+    Swap("decay decoupled", "Adam", DECAY, around(optax.scale_by_adam(), decoupled=True)),
+    Swap("decay coupled", "AdamW", DECAY, around(optax.scale_by_adam())),
+    Swap("Optax's default decay", "AdamW", {}, lambda options: optax.adamw(options["lr"])),
+    Swap("maximum after the correction", "Adam", {"amsgrad": True}, around(optax.scale_by_amsgrad())),
+    Swap("Nesterov", "Adam", {}, around(optax.scale_by_adam(nesterov=True))),
+    Swap("eps on the maximum", "Adamax", {"eps": 0.1}, around(eps_on_the_maximum)),
     Swap("a constant momentum", "NAdam", {}, around(optax.scale_by_adam(nesterov=True))),
-    Swap("the product of momenta not kept", "NAdam", {}, lambda o: _nadam_power(o)),
-    Swap("rectified from 5 on, eps after the correction", "RAdam", {}, around(optax.scale_by_radam())),
-    Swap("rectified a step late", "RAdam", {}, lambda o: _radam_late(o)),
-    Swap("all rows", "SparseAdam", {}, _rows(lambda rows, g: jnp.ones_like(rows))),
-    Swap("rows without gradient left out", "SparseAdam", {}, _rows(lambda rows, g: rows & (g != 0).any(1)), "zeros"),
-    Swap("eps after the bias correction", "SparseAdam", {"eps": 1e-3}, _sparse_of_adam),
-    Swap("eps outside the roots", "Adadelta", {}, lambda o: _adadelta_outside(o)),
-    Swap("eps inside the root", "Adagrad", {"eps": 1e-3}, around(optax.scale_by_rss(0.0, 1e-3))),
-    Swap("the decay of the rate a step early", "Adagrad", {"lr_decay": 0.5}, ahead(rule_for("Adagrad").make, count=jnp.asarray(1, jnp.int32))),
+    Swap(
+        "a power for the product of momenta",
+        "NAdam",
+        {},
+        from_state(adam_corrections.scale_by_torch_nadam, lambda s, _: s._replace(mu_product=0.9 ** (s.count * 1.0))),
+    ),
+    Swap("Optax's eps", "RAdam", {"eps": 1e-3}, around(optax.scale_by_radam(eps=1e-3))),
+    Swap(
+        "eps after the correction",
+        "RAdam",
+        {"eps": 1e-3, "betas": (0.9, 0.9)},
+        from_state(adam_corrections.scale_by_torch_radam, eps=lambda eps, root: eps * root),
+    ),
+    Swap(
+        "rectified a step late",
+        "RAdam",
+        {},
+        patched("RAdam", adam_corrections, "first_rectified", lambda b2: 7),
+    ),
+    Swap("all rows", "SparseAdam", {}, of_rows(lambda rows, g: jnp.ones_like(rows))),
+    Swap("rows by their gradient", "SparseAdam", {}, of_rows(lambda rows, g: rows & (g != 0).all(1)), "zero"),
+    Swap(
+        "eps after the correction",
+        "SparseAdam",
+        {"eps": 1e-3},
+        from_state(adam.scale_by_torch_sparse_adam, eps=lambda eps, root: eps * root),
+    ),
+    Swap("Optax's sum", "Adagrad", {"eps": 1e-3}, around(optax.scale_by_rss(0.0, 1e-3))),
+    Swap("rate decays a step early", "Adagrad", {"lr_decay": 0.5}, started("Adagrad", 1)),
     Swap("eps inside the root", "RMSprop", {"eps": 1e-3}, around(optax.scale_by_rms(0.99, 1e-3))),
     Swap("Optax's decay", "RMSprop", {}, around(optax.scale_by_rms(0.9, eps_in_sqrt=False))),
-    Swap("the rate inside the momentum", "RMSprop", HEAVY, lambda o: optax.chain(optax.scale_by_rms(0.99, eps_in_sqrt=False), descend(o["lr"]), optax.trace(0.9)), moving=("lr",)),
-    Swap("the rate of this step", "ASGD", {}, _asgd(eta=True), moving=("lr",)),
-    Swap("the average of the weights before", "ASGD", {"t0": 2.0}, _asgd(ax=True), state=True),
-    Swap("Optax's late step", "Rprop", {}, lambda o: optax.rprop(o["lr"])),
-    Swap("a turned gradient still moves", "Rprop", {}, patched(steps, "_agreement", lambda g, p: jnp.maximum(jnp.sign(g * p), 0).astype(int))),
-    Swap("signs that do not underflow", "Rprop", {}, patched(steps, "_agreement", lambda g, p: (jnp.sign(g) * jnp.sign(p)).astype(int)), "tiny"),
-    Swap("the sign of NaN", "Rprop", {}, patched(steps, "_sign", jnp.sign), "nan", state=True),
-    Swap("Optax's small matrices", "Adafactor", {}, lambda o: optax.adafactor(o["lr"])),
-    Swap("NaN spreads from one element", "Adafactor", {}, patched(matrix, "_at_least", jnp.maximum), "nan", state=True),
-    Swap("the plain average for an infinite gradient", "Adam", {}, patched(adam, "lerp", lambda s, e, w: (1 - w) * s + w * e), "infinite", state=True),
-    Swap("squares multiplied first", "Adam", {}, patched(adam, "mean_square", lambda v, g, b: b * v + (1 - b) * (g * g)), "large", state=True),
-    Swap("float32 for bfloat16", "Muon", {}, patched(matrix, "_bfloat16", lambda a: a.astype(jnp.float32))),
-    Swap("a heavy ball", "Muon", {"nesterov": False}, patched(matrix, "lerp", lambda s, e, w: s * (1 - w) + e), state=True),
-    Swap("the rate of wide matrices", "Muon", {}, patched(matrix, "ADJUSTMENTS", {None: lambda r, c: max(1, c / r) ** 0.5})),
-]  # fmt: skip
+    Swap(
+        "rate inside the momentum",
+        "RMSprop",
+        HEAVY,
+        chained(optax.scale_by_rms(0.99, eps_in_sqrt=False), "lr", optax.trace(0.9)),
+        moving=("lr",),
+    ),
+    Swap("this step's rate", "ASGD", {}, asgd(lambda s, rate: s._replace(eta=rate)), moving=("lr",)),
+    Swap("weights averaged before they move", "ASGD", {}, asgd(after=lambda s, p: s._replace(ax=p)), state=True),
+    Swap("Optax's late step", "Rprop", {}, lambda options: optax.rprop(options["lr"])),
+    Swap(
+        "a turned gradient still moves",
+        "Rprop",
+        {},
+        patched("Rprop", steps, "_agreement", lambda g, p: jnp.maximum(jnp.sign(g * p), 0)),
+    ),
+    Swap("NaN has no sign", "Rprop", {}, patched("Rprop", steps, "_sign", jnp.sign), "nan"),
+    Swap("Optax's Adafactor", "Adafactor", {}, lambda options: optax.adafactor(options["lr"])),
+    Swap("NaN spreads", "Adafactor", {}, patched("Adafactor", matrix, "_at_least", jnp.maximum), "nan"),
+    Swap("float32 for bfloat16", "Muon", {}, patched("Muon", matrix, "orthogonalized", in_float32)),
+    Swap("a heavy ball", "Muon", {}, patched("Muon", matrix, "lerp", lambda s, e, w: (1 - w) * s + e)),
+    Swap(
+        "the rate of the transpose",
+        "Muon",
+        {},
+        patched("Muon", matrix, "ADJUSTMENTS", {None: lambda rows, columns: max(1, columns / rows) ** 0.5}),
+    ),
+    Swap(
+        "an average that keeps infinity",
+        "Adam",
+        {},
+        patched("Adam", adam, "lerp", lambda s, e, w: (1 - w) * s + w * e),
+        "infinite",
+        state=True,
+    ),
+    Swap(
+        "squares multiplied first",
+        "Adam",
+        {},
+        patched("Adam", adam, "mean_square", lambda v, g, b: b * v + (1 - b) * (g * g)),
+        "large",
+        state=True,
+    ),
+]
+
+
+@pytest.mark.parametrize("swap", SWAPS, ids=str)
+def test_each_swapped_convention_is_noticed(swap: Swap) -> None:
+    case = Case(swap.name, swap.options)
+    assert noticed(case, swap.make, swap.kind, swap.moving, swap.state)

@@ -37,7 +37,7 @@ def rule_for(optimizer_class_name: str) -> Rule:
 
     >>> rule_for("Adamw")
     Traceback (most recent call last):
-    equivalence.errors.InputError: unknown torch optimizer 'Adamw' (did you mean AdamW or Adam or Adamax? known: ...)
+    equivalence.errors.InputError: unknown torch optimizer 'Adamw' (did you mean Adam or RAdam or NAdam? known: ...)
     """
     if optimizer_class_name not in HOMES:
         raise unknown("torch optimizer", optimizer_class_name, HOMES)

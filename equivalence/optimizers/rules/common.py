@@ -25,13 +25,14 @@ class Slot:
     Attributes:
         field: the name of the NamedTuple field, unique within the rule's state.
         kind: "moment" (shaped like the parameter, moves as a gradient), "value" (like the parameter, moves as a
-            value), "count" (integer step of the leaf), "scalar" (a float of the leaf), "factored" (the reference's
-            layout), "begun" (1 once the leaf has had a gradient: torch says so by holding any state for it).
+            value), "count" (integer step of the leaf), "scalar" (a float of the leaf), "factored" and "unfactored" (in
+            the reference's layout: of leaves with two axes or more, and of the others), "begun" (1 once the leaf
+            has had a gradient: torch says so by holding any state for it).
         python: torch holds a Python number, not a tensor.
     """
 
     field: str
-    kind: Literal["moment", "value", "count", "scalar", "factored", "begun"]
+    kind: Literal["moment", "value", "count", "scalar", "factored", "unfactored", "begun"]
     python: bool = False
 
 

@@ -21,6 +21,7 @@ from equivalence.optimizers.rules.common import (
     Rule,
     Slot,
     add_decoupled_decay,
+    count_steps,
     descend,
     gradient_of,
     lerp,
@@ -98,7 +99,7 @@ def torch_adafactor(
                 return g
             floor = eps[0] if eps[0] is not None else float(jnp.finfo(p.dtype).eps)
             found = r * c / jnp.maximum(jnp.mean(r, -2, keepdims=True), floor) if g.ndim > 1 else v
-            direction = g / jnp.sqrt(jnp.maximum(found, floor * floor))
+            direction = g / jnp.maximum(jnp.sqrt(found), floor)  # floor * floor may underflow
             size = _at_least(eps[1], _norm(p) / math.sqrt(p.size)) * like(relative, p)
             size = size / _at_least(1.0, _norm(direction) / (math.sqrt(p.size) * d))
             # an infinite parameter stays: torch multiplies it by 1 - learning_rate * weight_decay
@@ -207,6 +208,7 @@ def muon(options: Options) -> optax.GradientTransformation:
     """torch.optim.Muon for one matrix in torch's layout; the decay is times the unadjusted learning rate."""
     names = ("momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
     return optax.chain(
+        count_steps(),
         scale_by_torch_muon(*(options[name] for name in names)),
         add_decoupled_decay(options["weight_decay"]),
         descend(options["lr"]),
@@ -214,10 +216,16 @@ def muon(options: Options) -> optax.GradientTransformation:
 
 
 def _adafactor_slots(options: Options) -> dict[str, Slot]:
-    return STEP | {name: Slot(name, "factored") for name in ("row_var", "col_var", "variance")}
+    factored = {name: Slot(name, "factored") for name in ("row_var", "col_var")}
+    return STEP | factored | {"variance": Slot("variance", "unfactored")}
 
 
 RULES = {
     "Adafactor": Rule("Adafactor", adafactor, _adafactor_slots, in_reference_layout=True),
-    "Muon": Rule("Muon", muon, lambda _: {"momentum_buffer": Slot("trace", "moment")}, in_reference_layout=True),
+    "Muon": Rule(
+        "Muon",
+        muon,
+        lambda _: {"momentum_buffer": Slot("trace", "moment"), "begun": Slot("count", "begun")},
+        in_reference_layout=True,
+    ),
 }

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from equivalence.optimizers.rules.common import Options, Rule, Slot, descend, gradient_of, is_zero, like
+from equivalence.optimizers.rules.common import Options, Rule, Slot, count_steps, descend, gradient_of, is_zero, like
 
 
 class TorchTraceState(NamedTuple):
@@ -49,7 +49,7 @@ def _momentum(options: Options) -> optax.GradientTransformation:
         return optax.identity()
     if not is_zero(dampening):
         return scale_by_torch_momentum(momentum, dampening)
-    return optax.trace(momentum, options.get("nesterov", False))
+    return optax.chain(count_steps(), optax.trace(momentum, options.get("nesterov", False)))
 
 
 def sgd(options: Options) -> optax.GradientTransformation:
@@ -61,8 +61,7 @@ def _slots(options: Options) -> dict[str, Slot]:
     if is_zero(options["momentum"]):
         return {}
     # torch has no counter: a buffer that is there says that the first gradient, which is not dampened, has come
-    begun = {} if is_zero(options.get("dampening", 0)) else {"begun": Slot("count", "begun")}
-    return {"momentum_buffer": Slot("trace", "moment")} | begun
+    return {"momentum_buffer": Slot("trace", "moment"), "begun": Slot("count", "begun")}
 
 
 RULES = {"SGD": Rule("SGD", sgd, _slots)}

@@ -1,0 +1,145 @@
+"""How far a form of a torch optimizer ends from torch's, on a small fixed problem in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+from equivalence.numerics import U64
+from equivalence.optimizers.rules.table import OptimizerRow
+from equivalence.optimizers.translate import rule_of, to_optax
+from equivalence.runtimes import jax as jax_runtime
+from equivalence.runtimes import torch_environment
+
+Arrays = Mapping[str, np.ndarray]
+
+SHAPES: dict[str, tuple[int, ...]] = {"kernel": (7, 5), "embedding": (4, 3), "bias": (11,)}
+STEPS = 50
+CLOSURE_STEPS = 3
+"""Steps where torch asks for a closure and takes many inside each: so few that it has not arrived everywhere."""
+
+
+def optimizer_gap(row: OptimizerRow, form: str | None = None) -> tuple[float, float]:
+    """The distance between the parameters that torch and `form` end with, and what rounding explains of it.
+
+    Args:
+        row: of the table of optimizers.
+        form: an Optax expression; None takes ours, `to_optax`.
+
+    Both are relative to the distance that torch went; every step may round every parameter once the same way.
+    Gradients are random, of another scale at every step, and the same on both sides; SparseAdam's hold half of the
+    rows; LBFGS, which wants a closure, goes down a loss instead.
+    """
+    with torch_environment.environment(64, threads=1), jax_runtime.environment(64):
+        rule = rule_of(row.make([torch.nn.Parameter(torch.zeros(1, 1))]))
+        start, gradients, rows = _problem(matrices_only=rule.name == "Muon", sparse=rule.needs_rows)
+        model = torch.nn.ParameterDict({leaf: torch.tensor(value) for leaf, value in start.items()})
+        optimizer = row.make(model.parameters())
+        if form is None:
+            port = to_optax(optimizer, model=model)
+        else:
+            port = optax.with_extra_args_support(eval(form, {"optax": optax, "jnp": jnp}))
+        if rule.whole:
+            theirs, ours = _closed(optimizer, model), _closed_port(port, start)
+        else:
+            theirs, ours = _stepped(optimizer, model, gradients, rows), _stepped_port(port, start, gradients, rows)
+    travel = _norm({leaf: theirs[leaf] - value for leaf, value in start.items()})
+    apart = _norm({leaf: theirs[leaf] - value for leaf, value in ours.items()})
+    return apart / travel, U64 * STEPS * _norm(start) / travel
+
+
+def _norm(leaves: Arrays) -> float:
+    return math.sqrt(sum(float(np.square(value).sum()) for value in leaves.values()))
+
+
+def _problem(matrices_only: bool, sparse: bool) -> tuple[Arrays, Arrays, Arrays]:
+    """Parameters, gradients of all steps, and where `sparse` the rows that each holds: the others are zero."""
+    rng = np.random.default_rng(0)
+    shapes = {leaf: shape for leaf, shape in SHAPES.items() if len(shape) == 2 or not matrices_only}
+    scales = 10 ** rng.uniform(-2, 1, STEPS)
+    start = {leaf: rng.standard_normal(shape) for leaf, shape in shapes.items()}
+    gradients = {
+        leaf: rng.standard_normal((STEPS, *shape)) * scales.reshape(-1, *(1 for _ in shape))
+        for leaf, shape in shapes.items()
+    }
+    if not sparse:
+        return start, gradients, {}
+    rows = {leaf: rng.random((STEPS, shape[0])) < 0.5 for leaf, shape in shapes.items()}
+    for leaf, held in rows.items():
+        gradients[leaf][~held] = 0
+    return start, gradients, rows
+
+
+def _stepped(optimizer: Any, model: Any, gradients: Arrays, rows: Arrays) -> Arrays:
+    for step in range(STEPS):
+        for leaf, parameter in model.items():
+            parameter.grad = torch.tensor(gradients[leaf][step])
+            if rows:
+                held = torch.tensor(np.flatnonzero(rows[leaf][step]))
+                parameter.grad = torch.sparse_coo_tensor(
+                    held[None], parameter.grad[held], parameter.shape, check_invariants=True
+                )
+        optimizer.step()
+    return _values(model)
+
+
+def _stepped_port(port: Any, start: Arrays, gradients: Arrays, rows: Arrays) -> Arrays:
+    @jax.jit
+    def step(params: Any, state: Any, gradient: Any, held: Any) -> Any:
+        given = {"received": held} if rows else {}
+        changes, state = port.update(gradient, state, params, **given)
+        return optax.apply_updates(params, changes), state
+
+    params: Any = {leaf: jnp.asarray(value) for leaf, value in start.items()}
+    state = port.init(params)
+    for number in range(STEPS):
+        now = ({leaf: jnp.asarray(value[number]) for leaf, value in given.items()} for given in (gradients, rows))
+        params, state = step(params, state, *now)
+    return {leaf: np.asarray(value) for leaf, value in params.items()}
+
+
+def _closed(optimizer: Any, model: Any) -> Arrays:
+    loss = _loss(torch.tensor)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        value = loss(dict(model.items()))
+        value.backward()
+        return value
+
+    for _ in range(CLOSURE_STEPS):
+        optimizer.step(closure)
+    return _values(model)
+
+
+def _closed_port(port: Any, start: Arrays) -> Arrays:
+    loss = _loss(jnp.asarray)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        changes, state = port.update(jax.grad(loss)(params), state, params, value_fn=loss)
+        return optax.apply_updates(params, changes), state
+
+    params: Any = {leaf: jnp.asarray(value) for leaf, value in start.items()}
+    state = port.init(params)
+    for _ in range(CLOSURE_STEPS):
+        params, state = step(params, state)
+    return {leaf: np.asarray(value) for leaf, value in params.items()}
+
+
+def _loss(array: Callable[[np.ndarray], Any]) -> Callable[[Mapping[str, Any]], Any]:
+    """A smooth loss with one minimum, steep along some elements and flat along others."""
+    rng = np.random.default_rng(1)
+    steep = {leaf: array(10 ** rng.uniform(-2, 1, shape)) for leaf, shape in SHAPES.items()}
+    return lambda params: sum((steep[leaf] * value**2 + value**4).sum() for leaf, value in params.items())
+
+
+def _values(model: Any) -> Arrays:
+    return {leaf: parameter.detach().numpy().copy() for leaf, parameter in model.items()}

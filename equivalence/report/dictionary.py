@@ -1,0 +1,187 @@
+"""The dictionary of training for a reader: the page of the documentation, and what `equivalence list` prints.
+
+`python -m equivalence.report.dictionary` measures every line and writes the figures and docs/training-dictionary.md; a
+test says when the page is out of date.
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from equivalence import dictionary
+from equivalence.dictionary import Entry, Gaps
+from equivalence.errors import InputError
+from equivalence.optimizers.around_table import AROUND
+from equivalence.report.files import check_writable, write_atomically
+from equivalence.report.text import figure
+
+PAGE = Path(__file__).parents[2] / "docs" / "training-dictionary.md"
+WIDTH = 80
+MARGIN = 10
+"""Columns of a listing before its words: those of a figure."""
+
+HEAD = """# The dictionary of training
+
+What torch calls it, what one would write in JAX, what quietly differs, and how far apart the two end. A *gap* is
+measured in float64, relative, and 0 where every bit is the same: of an optimizer, the distance between the parameters
+after 50 steps of random gradients, in units of the distance that torch went; of a schedule, the largest difference over
+120 counts, in units of the largest rate; of a loss, the larger of the differences of value and gradient. *Ours* is
+the translation of this package; what its gap may be by rounding alone stands behind it. This page is generated:
+`python -m equivalence.report.dictionary`.
+
+## Going on in JAX, and back
+
+An optimizer is translated once, and its state is carried over at any time, in both directions:
+
+```python
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+import equivalence as eq
+
+model = torch.nn.Linear(5, 3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+x, y = torch.randn(8, 5), torch.randn(8, 3)
+for _ in range(10):
+    optimizer.zero_grad()
+    torch.nn.functional.mse_loss(model(x), y).backward()
+    optimizer.step()
+    scheduler.step()
+
+params = {"kernel": jnp.array(model.weight.detach().numpy().T), "bias": jnp.array(model.bias.detach().numpy())}
+transform = eq.to_optax(optimizer, scheduler=scheduler, model=model)
+state = eq.optimizer_state(optimizer, transform, params, model=model, scheduler=scheduler)
+
+
+@jax.jit
+def step(params, state, x, y):
+    gradients = jax.grad(lambda p: eq.losses.mse(x @ p["kernel"] + p["bias"], y))(params)
+    changes, state = transform.update(gradients, state, params)
+    return optax.apply_updates(params, changes), state
+
+
+for _ in range(10):
+    params, state = step(params, state, x.numpy(), y.numpy())
+
+eq.load_optimizer_state(optimizer, state, params, model=model, scheduler=scheduler)
+with torch.no_grad():
+    model.weight.copy_(torch.tensor(np.asarray(params["kernel"]).T))
+    model.bias.copy_(torch.tensor(np.asarray(params["bias"])))
+```
+"""
+
+WORDS = {
+    "optimizers": "`optimizer` is the torch one, and ours is `eq.to_optax(optimizer)` unless said otherwise below.",
+    "schedules": "`scheduler` is the torch one, and ours is `eq.to_schedule(scheduler)` unless said otherwise below.",
+    "losses": "Ours is a function of the torch module's inputs, with its options as keywords.",
+}
+AROUND_WORDS = "What surrounds the step; ours is in `eq.optimizers`, and tested against torch step by step."
+LISTED = (
+    "The figure before a form is its gap: how far it ends from torch in float64,\n"
+    "relative; 0 is bit for bit. The last form is ours."
+)
+NAMES = {"optimizers": "Names for verify --optimizer", "losses": "Names for verify(loss=...)"}
+
+
+def page(figures: Mapping[tuple[str, str], Gaps]) -> str:
+    """The whole page, with these figures. Raises InputError for a line that has none."""
+    parts = [HEAD]
+    for section in dictionary.SECTIONS:
+        lines = list(dictionary.entries(section))
+        parts.append(f"## {section.capitalize()}\n\n{WORDS[section]}\n\n{_table(lines, figures)}\n")
+        if called := "\n".join(_called(lines)):
+            parts.append(f"{called}\n")
+    parts.append(f"## Around the step\n\n{AROUND_WORDS}\n\n{_around()}\n")
+    return "\n".join(parts)
+
+
+def _table(lines: Iterable[Entry], figures: Mapping[tuple[str, str], Gaps]) -> str:
+    lines = list(lines)
+    exact = any(line.exact for line in lines)
+    head = ["torch", "one would write", "gap", *(["exactly", "gap"] if exact else []), "gap of ours", "quietly"]
+    rows = [_row(head), "|" + "".join("--:|" if "gap" in cell else "---|" for cell in head)]
+    for line in lines:
+        gaps = _found(line, figures)
+        plain = [_code(line.exact), figure(gaps.exact)] if exact else []
+        ours = f"{figure(gaps.ours)} of {figure(gaps.rounding, 1)}"
+        rows.append(_row([_code(line.torch), _code(line.form), figure(gaps.form), *plain, ours, line.differs]))
+    return "\n".join(rows)
+
+
+def _found(line: Entry, figures: Mapping[tuple[str, str], Gaps]) -> Gaps:
+    if line.key not in figures:
+        raise InputError(f"{line.torch} was not measured yet: run python -m equivalence.report.dictionary")
+    return figures[line.key]
+
+
+def _called(lines: Iterable[Entry]) -> Iterator[str]:
+    """How the translations are made and called that are not as the others."""
+    usual = {line.section: line.ours for line in reversed(list(lines))}
+    for name, (section, ours, call) in {line.name: (line.section, line.ours, line.call) for line in lines}.items():
+        if section != "losses" and (call or ours != usual[section]):
+            yield f"- {name}: `{ours}`" + (f", then `{call}`" if call else "")
+
+
+def _around() -> str:
+    rows = [_row(["torch", "one would write", "ours", "quietly"]), "|---|---|---|---|"]
+    rows += [_row([_code(row.torch), _code(row.naive), _code(row.form), row.differs]) for row in AROUND]
+    return "\n".join(rows)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _code(text: str | None) -> str:
+    return "–" if text is None else f"`{text}`"
+
+
+def listing(section: str, names: Iterable[tuple[str, str]]) -> str:
+    """A section of the dictionary in 80 columns, after the names that `verify` takes. Loads no framework."""
+    known, figures = list(names), dictionary.figures()
+    width = max((len(name) for name, _ in known), default=0)
+    parts = []
+    if section in NAMES:
+        rows = [_wrapped(f"  {name:<{width}}  {summary}", width + 4) for name, summary in known]
+        parts.append("\n".join([f"{NAMES[section]}:", *rows]))
+    parts.append(LISTED)
+    parts += [_lines(line, _found(line, figures)) for line in dictionary.entries(section)]
+    return "\n\n".join(parts)
+
+
+def _lines(line: Entry, gaps: Gaps) -> str:
+    """One entry: torch's form, then a line each for a figure and its form, then what differs."""
+    title = line.torch if line.section != "losses" else f"torch.nn.{line.name}: {line.torch}"
+    forms = [(gaps.form, line.form), (gaps.exact, line.exact), (gaps.ours, line.ours)]
+    rows = [_wrapped(title, 4)]
+    rows += [_wrapped(f"{figure(gap):>{MARGIN - 2}  {form}", MARGIN) for gap, form in forms if form is not None]
+    called = [line.call] if line.call else []
+    return "\n".join([*rows, *(_wrapped(" " * MARGIN + text, MARGIN) for text in (*called, line.differs))])
+
+
+def _wrapped(text: str, indent: int) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def main() -> None:
+    """Measure every line; write the figures and the page."""
+    for place in (dictionary.FIGURES, PAGE):
+        check_writable(place)
+    found = {}
+    for section in dictionary.SECTIONS:
+        for line in dictionary.entries(section):
+            found[line.key] = dictionary.measure(line)
+            sys.stdout.write(f"{section}: {line.torch}: {figure(found[line.key].ours)}\n")
+    write_atomically(dictionary.FIGURES, dictionary.as_json(found))
+    write_atomically(PAGE, page(dictionary.figures()))
+
+
+if __name__ == "__main__":
+    main()
