@@ -48,7 +48,7 @@ COTANGENT = 256
 class Case:
     """A loss: torch's functional, the arrays of a kind, expressions with `loss`, and what torch has gradients by.
 
-    `scale` 1 is that of slopes which are differences of two shares or of two logarithms, however little is left.
+    `scale` 1 is that of slopes which are differences of two shares, logarithms or directions, however little is left.
     """
 
     functional: str
@@ -83,6 +83,8 @@ TRIPLET = tuple(
     f"loss(a, p, n, p={p}, eps={eps}, reduction='none')" for p, eps in ((2, 1e-6), (2, 0), (1, 0), ("INF", 0))
 )
 NORMS = tuple(f"loss(a, p, n, p={p}, eps={eps}, reduction='none')" for p, eps in ((3, 0), (0.5, 0.1), (1.5, 0)))
+SWAP = "loss(a, p, n, margin=0.5, swap=True, reduction='none')"
+SQUARES = "distance_function=lambda u, v: ((u - v) ** 2).sum(-1)"
 
 CASES: dict[str, Case] = {
     "l1": Case("l1_loss", pair, (*RANKS, *WHOLE, *BROAD)),
@@ -210,6 +212,7 @@ CASES: dict[str, Case] = {
             "loss(a[0], b[0], y[0], reduction='none')",
         ),
         ("a", "b"),
+        1.0,
     ),
     "triplet_margin": Case(
         "triplet_margin_loss",
@@ -217,22 +220,21 @@ CASES: dict[str, Case] = {
         (
             *TRIPLET,
             "loss(a, p, n)",
-            "loss(a, p, n, margin=0.5, swap=True, reduction='none')",
+            "loss(a, p, n, p=1, eps=0, margin=0.5, swap=True, reduction='none')",
             "loss(a, p[:1], n, reduction='sum')",
             "loss(a[0], p[0], n[0], reduction='none')",
         ),
         ("a", "p", "n"),
     ),
-    "triplet_margin, other norms": Case("triplet_margin_loss", apart, NORMS, ("a", "p", "n")),
+    "triplet_margin, other norms": Case("triplet_margin_loss", apart, (*NORMS, SWAP), ("a", "p", "n")),
     "triplet_margin_with_distance": Case(
         "triplet_margin_with_distance_loss",
         triplets,
-        (
-            "loss(a, p, n)",
-            "loss(a, p, n, margin=0.5, swap=True, reduction='none')",
-            "loss(a, p, n, distance_function=lambda u, v: ((u - v) ** 2).sum(-1), swap=True, reduction='sum')",
-        ),
+        ("loss(a, p, n)", f"loss(a, p, n, {SQUARES}, reduction='sum')", f"loss(a, p, n, {SQUARES}, swap=True)"),
         ("a", "p", "n"),
+    ),
+    "triplet_margin_with_distance, torch's own": Case(
+        "triplet_margin_with_distance_loss", apart, (SWAP,), ("a", "p", "n")
     ),
     "ctc": Case(
         "ctc_loss",

@@ -43,6 +43,9 @@ CASES = {
     "search short of evaluations": Case(
         "valley", {**SHORT, "max_iter": 3, "max_eval": 5, "line_search_fn": "strong_wolfe"}, 20, 10
     ),
+    "search beyond tolerance_change": Case(
+        "valley", {**SHORT, "max_iter": 3, "tolerance_change": 0.1, "line_search_fn": "strong_wolfe"}, 4, 29328
+    ),
     "converges": Case("valley", {**SHORT, "max_iter": 10, "tolerance_grad": 1e-2}, 12, 1),
     "short of evaluations": Case("valley", {**SHORT, "max_iter": 8, "max_eval": 3}, 12, 2),
     "parameters hardly move": Case("valley", {**SHORT, "max_iter": 5, "lr": 1e-11}, 4, 3),
@@ -137,6 +140,7 @@ def stops_but_for(part: str) -> Callable[..., Any]:
 
 
 FAULTS: dict[str, tuple[str, str, Any]] = {
+    "tolerance_change in the search": ("search beyond tolerance_change", "SMALLEST_BRACKET", 0.1),
     "first step not shortened": ("converges", "_first_trial", lambda first, gradient, lr: jnp.asarray(lr)),
     "every first trial shortened": ("converges", "_first_trial", lambda f, g, lr, r=lbfgs._first_trial: r(True, g, lr)),
     "history reversed": ("converges", "_remember", remembered(reversed_history)),

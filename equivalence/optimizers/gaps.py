@@ -1,4 +1,4 @@
-"""How far a form of a torch optimizer ends from torch's, on a small fixed problem in float64."""
+"""How far a form of a torch optimizer or scheduler is from torch's, on a small fixed problem in float64."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch
 
 from equivalence.numerics import U64
 from equivalence.optimizers.rules.table import OptimizerRow
+from equivalence.optimizers.schedule_table import LR, SchedulerRow
+from equivalence.optimizers.schedules import to_schedule
 from equivalence.optimizers.translate import rule_of, to_optax
 from equivalence.runtimes import jax as jax_runtime
 from equivalence.runtimes import torch_environment
@@ -24,6 +26,9 @@ SHAPES: dict[str, tuple[int, ...]] = {"kernel": (7, 5), "embedding": (4, 3), "bi
 STEPS = 50
 CLOSURE_STEPS = 3
 """Steps where torch asks for a closure and takes many inside each: so few that it has not arrived everywhere."""
+
+COUNTS = 120
+"""Counts at which schedules are compared."""
 
 
 def optimizer_gap(row: OptimizerRow, form: str | None = None) -> tuple[float, float]:
@@ -143,3 +148,56 @@ def _loss(array: Callable[[np.ndarray], Any]) -> Callable[[Mapping[str, Any]], A
 
 def _values(model: Any) -> Arrays:
     return {leaf: parameter.detach().numpy().copy() for leaf, parameter in model.items()}
+
+
+def schedule_gap(row: SchedulerRow, form: str | None = None) -> tuple[float, float]:
+    """The largest difference between torch's rates and those of `form`, and what rounding explains of it.
+
+    Args:
+        row: of the table of schedulers.
+        form: an Optax schedule; None takes ours, `to_schedule`, and `to_optax` for what follows a metric.
+
+    Both are relative to the largest rate; torch goes from rate to rate, and may round at each.
+    """
+    with torch_environment.environment(64, threads=1), jax_runtime.environment(64):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR, momentum=0.9)
+        scheduler = row.make(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            ours = _plateau_rates(to_optax(optimizer, scheduler=scheduler))
+        else:
+            schedule = to_schedule(scheduler) if form is None else eval(form, {"optax": optax, "jnp": jnp})
+            ours = _schedule_rates(schedule)
+        theirs = _torch_rates(optimizer, scheduler)
+    largest = float(np.abs(theirs).max())
+    return float(np.abs(ours - theirs).max()) / largest, U64 * COUNTS
+
+
+def _metric(count: int) -> float:
+    """A metric that gets better for a while, then stays."""
+    return max(1.0 - 0.1 * count, 0.0)
+
+
+def _torch_rates(optimizer: Any, scheduler: Any) -> np.ndarray:
+    follows_metric = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    rates = []
+    for count in range(COUNTS):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        scheduler.step(*([_metric(count)] if follows_metric else []))
+    return np.array(rates)
+
+
+def _schedule_rates(schedule: Callable[[Any], Any]) -> np.ndarray:
+    """The rates at int32 counts, which Optax's own counters are."""
+    program = jax.jit(schedule)
+    return np.array([float(program(jnp.asarray(count, jnp.int32))) for count in range(COUNTS)])
+
+
+def _plateau_rates(port: Any) -> np.ndarray:
+    params = {"leaf": jnp.zeros(1)}
+    state, rates = port.init(params), []
+    update = jax.jit(lambda state, metric: port.update(params, state, params, value=metric)[1])
+    for count in range(COUNTS):
+        rates.append(float(state.plateau.lr[0]))
+        state = update(state, _metric(count))
+    return np.array(rates)

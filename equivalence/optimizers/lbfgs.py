@@ -20,6 +20,8 @@ from equivalence.optimizers.wolfe import Point, strong_wolfe
 
 Array = Any
 LEAST_CURVATURE = 1e-10
+SMALLEST_BRACKET = 1e-9
+"""Of the line search; torch's step does not hand its own tolerance_change on."""
 
 
 class TorchLbfgsState(NamedTuple):
@@ -178,9 +180,8 @@ def _advance(
             return Point(t, loss, gradient, optax.tree_utils.tree_vdot(gradient, state.d))
 
         start = Point(jnp.zeros_like(state.t), walk.loss, walk.gradient, slope)
-        found, used = strong_wolfe(
-            trial, start, state.t, _largest(state.d), options["tolerance_change"], options["max_eval"] - walk.evals
-        )
+        most = options["max_eval"] - walk.evals
+        found, used = strong_wolfe(trial, start, state.t, _largest(state.d), SMALLEST_BRACKET, most)
         params, t, loss, gradient = _moved(walk.params, found.t, state.d), found.t, found.loss, found.gradient
     state = state._replace(t=t, func_evals=state.func_evals + used)
     walk = walk._replace(params=params, loss=loss, gradient=gradient, state=state, evals=walk.evals + used)

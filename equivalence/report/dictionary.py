@@ -161,7 +161,7 @@ def _lines(line: Entry, gaps: Gaps) -> str:
     title = line.torch if line.section != "losses" else f"torch.nn.{line.name}: {line.torch}"
     forms = [(gaps.form, line.form), (gaps.exact, line.exact), (gaps.ours, line.ours)]
     rows = [_wrapped(title, 4)]
-    rows += [_wrapped(f"{figure(gap):>{MARGIN - 2}  {form}", MARGIN) for gap, form in forms if form is not None]
+    rows += [_wrapped(f"{figure(gap):>{MARGIN - 2}}  {form}", MARGIN) for gap, form in forms if form is not None]
     called = [line.call] if line.call else []
     return "\n".join([*rows, *(_wrapped(" " * MARGIN + text, MARGIN) for text in (*called, line.differs))])
 

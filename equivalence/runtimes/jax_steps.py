@@ -30,7 +30,8 @@ class StepProgram:
     ) -> None:
         self.runner, self.bits = runner, bits
         made = optimizer.transformation(rates, runner.trained, runner.bound)
-        self.transformation = optax.with_extra_args_support(optax.chain(_recorder(), made) if gradients else made)
+        whole = optax.with_extra_args_support(optax.chain(_recorder(), made) if gradients else made)
+        self.transformation = _lifted(whole) if bits == 64 else whole
         self._own = runner.subject.own_step if runner.own_step is not None else None
         # The old carry is given up: its memory serves the new one.
         self.compiled, self.start = jax.jit(self._observed, donate_argnums=1), jax.jit(self.init)
@@ -125,6 +126,27 @@ class StepProgram:
         """The buffers in a carry that the reference has too, in its terms."""
         flat = self._own.buffers(carry) if self._own is not None else carry["buffers"]
         return {path: value for path, value in self.runner.back(flat).items() if path in self.runner.buffer_paths}
+
+
+def _lifted(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """The same transformation with its counters in int64: Optax divides them, and int32 over int32 is float32 even in
+    a float64 run (`linear_schedule`, `exponential_decay` and all that begin with them). Numbers that follow from them
+    (`inject_hyperparams`) are then held in float64 too; what a transformation casts back itself stays as it is."""
+
+    def init(params: Any) -> Any:
+        def wide(value: Any) -> Any:
+            return value.astype(jnp.int64) if value.dtype == jnp.int32 and jnp.ndim(value) == 0 else value
+
+        def settled(value: Any, after: Any) -> Any:
+            return value if value.dtype == after.dtype else value.astype(after.dtype)
+
+        state = jax.tree_util.tree_map(wide, inner.init(params))
+        zeros = jax.tree_util.tree_map(jnp.zeros_like, params)
+        extra = {"value": 0.0, "grad": zeros, "value_fn": lambda _: 0.0}
+        after = jax.eval_shape(lambda held: inner.update(zeros, held, params, **extra)[1], state)
+        return jax.tree_util.tree_map(settled, state, after)
+
+    return optax.GradientTransformationExtraArgs(init, inner.update)
 
 
 def _recorder() -> optax.GradientTransformation:
