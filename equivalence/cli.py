@@ -93,7 +93,7 @@ def cli(context: click.Context) -> None:
 def list_(section: str | None) -> None:
     """Say what there is: models, frameworks, checks and more.
 
-    optimizers, schedules and losses are also the dictionary from torch to JAX, with the gaps that were measured.
+    Of optimizers, schedules and losses: torch's beside their JAX forms, with the gaps that were measured.
     """
     if section is not None and section not in SECTIONS:
         raise unknown("section", section, SECTIONS)
@@ -137,9 +137,13 @@ def _rows(section: str) -> list[tuple[str, str]]:
 
         return [(name, pair.summary) for name, pair in PAIRS.items()]
     if section == "schedules":
+        from textwrap import shorten
+
         from equivalence.dictionary import entries
 
-        return [(entry.name, entry.form or "") for entry in entries(section)]
+        return [
+            (entry.name, shorten(entry.form or entry.differs, 60, placeholder=" ...")) for entry in entries(section)
+        ]
     return []
 
 

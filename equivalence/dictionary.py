@@ -17,6 +17,9 @@ from equivalence.errors import InputError
 FIGURES = Path(__file__).with_name("dictionary.json")
 SECTIONS = ("optimizers", "schedules", "losses")
 
+Key = tuple[str, str, str | None, str | None]
+"""Section, torch form, first form, exact form."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -45,9 +48,9 @@ class Entry:
     row: Any
 
     @property
-    def key(self) -> tuple[str, str]:
-        """What its figures are found by."""
-        return self.section, self.torch
+    def key(self) -> Key:
+        """What its figures are found by: all that was measured, so that another form has none."""
+        return self.section, self.torch, self.form, self.exact
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,10 @@ def entries(section: str) -> Iterator[Entry]:
         from equivalence.optimizers.schedule_table import ROWS as SCHEDULES
 
         for schedule in SCHEDULES:
-            name = class_of(schedule.torch)
+            name, torch = class_of(schedule.torch), schedule.torch.replace("torch.optim.lr_scheduler.", "lr_scheduler.")
             ours = OURS.get(name, "eq.to_schedule(scheduler)")
             words = schedule.form, None, ours, CALLS.get(name), schedule.differs
-            yield Entry(section, name, schedule.torch, *words, schedule)
+            yield Entry(section, name, torch, *words, schedule)
     else:
         from equivalence.losses.table import LOSSES
 
@@ -112,22 +115,37 @@ def class_of(torch: str) -> str:
     return torch.partition("(")[0].rpartition(".")[2]
 
 
-def figures() -> dict[tuple[str, str], Gaps]:
-    """The measured gaps, by section and torch form. Raises InputError where the file is not as it was written."""
+@dataclass(frozen=True)
+class Figures:
+    """The measured gaps by the key of their entry, and the versions that they were measured with."""
+
+    versions: Mapping[str, str]
+    gaps: Mapping[Key, Gaps]
+
+    def of(self, entry: Entry) -> Gaps:
+        """The gaps of an entry. Raises InputError for one that was not measured."""
+        if entry.key not in self.gaps:
+            raise InputError(f"{entry.torch} was not measured yet: run python -m equivalence.report.dictionary")
+        return self.gaps[entry.key]
+
+
+def figures() -> Figures:
+    """The figures that were measured. Raises InputError where the file is not as it was written."""
     try:
         held = json.loads(FIGURES.read_text(encoding="utf-8"))
-        return {(s, torch): Gaps(**gaps) for s, lines in held["gaps"].items() for torch, gaps in lines.items()}
+        gaps = {tuple(line["measured"]): Gaps(**line["gaps"]) for line in held["lines"]}
+        return Figures(held["versions"], gaps)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot read {FIGURES.name}: {error}; run python -m equivalence.report.dictionary") from None
 
 
-def as_json(gaps: Mapping[tuple[str, str], Gaps]) -> str:
+def as_json(figures: Figures) -> str:
     """The text of FIGURES: two significant digits of every gap."""
-    held: dict[str, dict[str, dict[str, float | None]]] = {}
-    for (section, torch), found in gaps.items():
-        rounded = {name: None if gap is None else float(f"{gap:.1e}") for name, gap in vars(found).items()}
-        held.setdefault(section, {})[torch] = rounded
-    return json.dumps({"gaps": held}, indent=1) + "\n"
+    lines = []
+    for key, gaps in figures.gaps.items():
+        rounded = {name: None if gap is None else float(f"{gap:.1e}") for name, gap in vars(gaps).items()}
+        lines.append({"measured": key, "gaps": rounded})
+    return json.dumps({"versions": dict(figures.versions), "lines": lines}, indent=1) + "\n"
 
 
 def measure(entry: Entry) -> Gaps:

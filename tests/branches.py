@@ -19,7 +19,7 @@ Path = tuple[int, ...]
 
 Jitter = Callable[[np.ndarray], np.ndarray]
 
-TWINS = 6
+TWINS = 4
 
 FLOAT32, FLOAT64 = 2.0**-22, 2.0**-51
 """A few units of rounding."""

@@ -62,15 +62,10 @@ RANKS = tuple(f"loss(x{i}, y{i}, reduction='none')" for i in ("", "[0]", "[0, 0]
 WHOLE = ("loss(x, y)", "loss(x[0, 0], y[0, 0], reduction='sum')")
 BROAD = ("loss(x[0], y[1, :1], reduction='none')", "loss(x[0, :, :1], y[1])")
 DEEP = ("x", "y"), ("x[:, :, 0]", "y[:, 0]"), ("x[:, :, 0, 0]", "y[:, 0, 0]"), ("x[0, :, 0, 0]", "y[0, 0, 0]")
+WAYS = ("", "mean"), (", weight=w", "mean"), ("", "sum"), (", weight=w", "none"), (", weight=w", "sum"), ("", "none")
 BY_CLASS = tuple(
-    f"loss({x}, {y}{weight}, ignore_index={ignored}, reduction='{reduction}')"
-    for (x, y), weight, ignored, reduction in zip(
-        (*DEEP, *DEEP, *DEEP),
-        ("", ", weight=w", "") * 4,
-        (-1, -1, -1, -1) * 3,
-        ("mean", "mean", "sum", "none", "none", "sum", "mean", "mean", "mean", "none", "none", "none"),
-        strict=True,
-    )
+    f"loss({x}, {y}{weight}, ignore_index=-1, reduction='{reduction}')"
+    for (x, y), (weight, reduction) in [*zip(DEEP, WAYS, strict=False), *zip(DEEP, WAYS[2:], strict=True)]
 )
 SMOOTH = tuple(call.replace(", reduction", ", label_smoothing=0.2, reduction") for call in BY_CLASS[::2])
 SOFT = (
@@ -225,16 +220,18 @@ CASES: dict[str, Case] = {
             "loss(a[0], p[0], n[0], reduction='none')",
         ),
         ("a", "p", "n"),
+        1.0,
     ),
-    "triplet_margin, other norms": Case("triplet_margin_loss", apart, (*NORMS, SWAP), ("a", "p", "n")),
+    "triplet_margin, other norms": Case("triplet_margin_loss", apart, (*NORMS, SWAP), ("a", "p", "n"), 1.0),
     "triplet_margin_with_distance": Case(
         "triplet_margin_with_distance_loss",
         triplets,
         ("loss(a, p, n)", f"loss(a, p, n, {SQUARES}, reduction='sum')", f"loss(a, p, n, {SQUARES}, swap=True)"),
         ("a", "p", "n"),
+        1.0,
     ),
     "triplet_margin_with_distance, torch's own": Case(
-        "triplet_margin_with_distance_loss", apart, (SWAP,), ("a", "p", "n")
+        "triplet_margin_with_distance_loss", apart, (SWAP,), ("a", "p", "n"), 1.0
     ),
     "ctc": Case(
         "ctc_loss",

@@ -190,6 +190,8 @@ def loaded_by(code: str) -> set[str]:
         "from equivalence.cli import run; assert run(['--help']) == 0",
         "from equivalence.cli import run; assert run(['verify', '--help']) == 0",
         "from equivalence.cli import run; assert run(['list', 'checks']) == 0",
+        "from equivalence.cli import run; assert not any(run(['list', f'{n}s']) for n in ('optimizer', 'schedule'))",
+        "from equivalence.cli import run; assert run(['list', 'losses']) == 0",
         "from equivalence.cli import run; assert run(['show', 'titanic_mlp', '--width', '160']) == 0",
         "import equivalence.pytest_plugin",
         "import impls.titanic_mlp.spec",

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from equivalence import cli, dictionary
-from equivalence.dictionary import SECTIONS, Entry, Gaps
+from equivalence.dictionary import SECTIONS, Entry, Figures, Gaps
 from equivalence.errors import InputError
-from equivalence.numerics import AGREES
+from equivalence.numerics import AGREES, U32, U64
 from equivalence.report import dictionary as report
 
 torch = pytest.importorskip("torch")
@@ -44,28 +44,29 @@ def test_every_class_of_torch_is_an_entry() -> None:
 
 def test_every_entry_was_measured_and_no_other() -> None:
     assert len({entry.key for entry in ENTRIES}) == len(ENTRIES)
-    assert set(MEASURED) == {entry.key for entry in ENTRIES}
+    assert set(MEASURED.gaps) == {entry.key for entry in ENTRIES}, "run: python -m equivalence.report.dictionary"
     for entry in ENTRIES:
-        gaps = MEASURED[entry.key]
+        gaps = MEASURED.of(entry)
         assert (gaps.form is None, gaps.exact is None) == (entry.form is None, entry.exact is None)
 
 
 def test_what_is_committed_of_ours_is_rounding() -> None:
-    for key, gaps in MEASURED.items():
+    for key, gaps in MEASURED.gaps.items():
         assert gaps.ours <= AGREES * gaps.rounding, key
         assert gaps.exact is None or gaps.exact <= AGREES * gaps.rounding, key
 
 
-def test_a_form_that_is_said_to_be_the_same_is_and_another_is_not() -> None:
+def test_a_form_that_is_said_to_be_the_same_is() -> None:
     for entry in ENTRIES:
-        gaps = MEASURED[entry.key]
-        if gaps.form is not None and entry.differs.lower().startswith(("none", "nothing")):
-            assert gaps.form <= AGREES * gaps.rounding, entry.torch
+        gap, rounding = MEASURED.of(entry).form, MEASURED.of(entry).rounding
+        if gap is not None and entry.differs.lower().startswith(("none", "nothing")):
+            # Optax divides its int32 counts in float32, also where everything else is float64
+            assert gap <= AGREES * rounding * (U32 / U64 if entry.section == "schedules" else 1), entry.torch
 
 
 AGAIN = {
     "optimizers": ("AdamW", "RMSprop", "SparseAdam", "Rprop"),
-    "schedules": (),
+    "schedules": ("MultiplicativeLR", "PolynomialLR", "OneCycleLR", "SequentialLR", "ReduceLROnPlateau"),
     "losses": ("CrossEntropyLoss", "SmoothL1Loss", "CTCLoss", "HuberLoss", "MultiLabelMarginLoss"),
 }
 
@@ -73,7 +74,7 @@ AGAIN = {
 @pytest.mark.parametrize(("section", "name"), [(section, name) for section in AGAIN for name in AGAIN[section]])
 def test_a_figure_is_found_again(section: str, name: str) -> None:
     entry = named(section, name)
-    now, before = dictionary.measure(entry), MEASURED[entry.key]
+    now, before = dictionary.measure(entry), MEASURED.of(entry)
     for kind in ("form", "exact", "ours"):
         gap, committed = getattr(now, kind), getattr(before, kind)
         if committed is None or committed <= AGREES * before.rounding:
@@ -82,11 +83,33 @@ def test_a_figure_is_found_again(section: str, name: str) -> None:
             assert committed / 2 < gap < 2 * committed
 
 
-@pytest.mark.parametrize("wrong", ["optax.adamw(1e-3, weight_decay=1.001e-2)", "optax.adamw(1.00001e-3)", "optax.adam(1e-3)"])
-def test_a_wrong_form_is_no_rounding(wrong: str) -> None:
-    gaps = dictionary.measure(dataclasses.replace(named("optimizers", "AdamW"), exact=wrong))
-    assert gaps.exact is not None
-    assert gaps.exact > 1000 * AGREES * gaps.rounding
+@pytest.mark.parametrize(
+    ("section", "name", "wrong"),
+    [
+        ("optimizers", "AdamW", "optax.adamw(1e-3, weight_decay=1.001e-2)"),
+        ("optimizers", "AdamW", "optax.adamw(1.00001e-3, weight_decay=1e-2)"),
+        ("optimizers", "LBFGS", "optax.lbfgs(1.0, linesearch=None)"),
+        ("schedules", "CosineAnnealingWarmRestarts", "optax.cosine_decay_schedule(0.1, 11)"),
+        ("schedules", "ExponentialLR", "lambda count: 0.1 * 0.9000001**count"),
+        ("losses", "MSELoss", "optax.squared_error(x, y).mean() + 1e-9"),
+        ("losses", "L1Loss", "(x - y).mean() + jax.lax.stop_gradient((jnp.abs(x - y) - x + y).mean())"),
+    ],
+)
+def test_a_wrong_form_is_no_rounding(section: str, name: str, wrong: str) -> None:
+    entry = named(section, name)
+    row = dataclasses.replace(entry.row, form=wrong)
+    gaps = dictionary.measure(dataclasses.replace(entry, form=wrong, exact=None, row=row))
+    assert gaps.form is not None
+    assert gaps.form > 1000 * AGREES * gaps.rounding
+    assert gaps.ours <= AGREES * gaps.rounding
+
+
+def test_the_metric_makes_a_plateau_reduce_several_times() -> None:
+    from equivalence.optimizers import gaps
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = named("schedules", "ReduceLROnPlateau").row.make(optimizer)
+    assert len(set(gaps._torch_rates(optimizer, scheduler))) > 5
 
 
 def test_the_page_is_current() -> None:
@@ -126,7 +149,7 @@ def test_the_example_of_a_handover_goes_on_in_jax_and_back() -> None:
     optimizer, model, state = names["optimizer"], names["model"], names["state"]
     assert names["scheduler"].last_epoch == 20
     assert [int(optimizer.state[p]["step"]) for p in model.parameters()] == [20, 20]
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(names["scheduler"].get_last_lr()[0], rel=0)
+    assert optimizer.param_groups[0]["lr"] == names["scheduler"].get_last_lr()[0] < 1e-3
     moments = names["optax"].tree.get(state.leaves["kernel"], "mu")
     assert np.array_equal(optimizer.state[model.weight]["exp_avg"].numpy(), np.asarray(moments).T)
     assert np.array_equal(model.weight.detach().numpy(), np.asarray(names["params"]["kernel"]).T)
@@ -141,7 +164,6 @@ def test_list_shows_forms_gaps_and_differences_in_80_columns(section: str, capsy
     for entry in dictionary.entries(section):
         for text in (entry.torch, entry.form, entry.exact, entry.ours, entry.call, entry.differs):
             assert text is None or " ".join(text.split()) in words
-    assert "1.1e-13" not in out or section
 
 
 def test_list_names_what_verify_takes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,21 +179,24 @@ def test_list_names_what_verify_takes(capsys: pytest.CaptureFixture[str]) -> Non
 def test_figures_that_cannot_be_read_are_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "dictionary.json"
     monkeypatch.setattr(dictionary, "FIGURES", broken)
-    for text in (None, "{", "{}", '{"gaps": {"losses": {"a": {"form": 1}}}}'):
+    for text in (None, "{", "{}", "[]", '{"versions": {}, "lines": [{"measured": [], "gaps": {"form": 1}}]}'):
         if text is not None:
             broken.write_text(text, encoding="utf-8")
-        with pytest.raises(InputError, match="cannot read dictionary.json"):
+        with pytest.raises(InputError, match=r"cannot read dictionary\.json"):
             dictionary.figures()
 
 
 def test_an_entry_without_figures_is_said_in_one_line() -> None:
+    other = dataclasses.replace(named("optimizers", "AdamW"), form="optax.adamw(2e-3)")
+    with pytest.raises(InputError, match=r"torch\.optim\.AdamW.* was not measured yet"):
+        MEASURED.of(other)
     with pytest.raises(InputError, match=r"torch\.optim\.SGD.* was not measured yet"):
-        report.page({})
+        report.page(Figures({}, {}))
 
 
 def test_figures_keep_two_digits() -> None:
-    gaps = {("losses", "F.mse_loss(x, y)"): Gaps(0.123456, None, 3.456e-16, 1e-15)}
-    text = dictionary.as_json(gaps)
+    gaps = {("losses", "F.mse_loss(x, y)", "x", None): Gaps(0.123456, None, 3.456e-16, 1e-15)}
+    text = dictionary.as_json(Figures({"torch": "2.13"}, gaps))
     assert '"form": 0.12,' in text
     assert '"ours": 3.5e-16,' in text
     assert '"exact": null' in text

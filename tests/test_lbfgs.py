@@ -44,7 +44,10 @@ CASES = {
         "valley", {**SHORT, "max_iter": 3, "max_eval": 5, "line_search_fn": "strong_wolfe"}, 20, 10
     ),
     "search beyond tolerance_change": Case(
-        "valley", {**SHORT, "max_iter": 3, "tolerance_change": 0.1, "line_search_fn": "strong_wolfe"}, 4, 29328
+        "valley",
+        {**SHORT, "max_iter": 3, "max_eval": 6, "tolerance_change": 0.1, "line_search_fn": "strong_wolfe"},
+        4,
+        29328,
     ),
     "converges": Case("valley", {**SHORT, "max_iter": 10, "tolerance_grad": 1e-2}, 12, 1),
     "short of evaluations": Case("valley", {**SHORT, "max_iter": 8, "max_eval": 3}, 12, 2),

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import torch
 
-from equivalence.numerics import U64
+from equivalence.numerics import U64, ulp_twin
 from equivalence.optimizers.rules.table import OptimizerRow
 from equivalence.optimizers.schedule_table import LR, SchedulerRow
 from equivalence.optimizers.schedules import to_schedule
@@ -38,26 +38,37 @@ def optimizer_gap(row: OptimizerRow, form: str | None = None) -> tuple[float, fl
         row: of the table of optimizers.
         form: an Optax expression; None takes ours, `to_optax`.
 
-    Both are relative to the distance that torch went; every step may round every parameter once the same way.
+    Both are relative to the distance that torch went. Rounding: at every step of every parameter, once, the same way;
+    where torch asks for a closure, what becomes of moving its start by one ulp, if that is more.
     Gradients are random, of another scale at every step, and the same on both sides; SparseAdam's hold half of the
     rows; LBFGS, which wants a closure, goes down a loss instead.
     """
     with torch_environment.environment(64, threads=1), jax_runtime.environment(64):
         rule = rule_of(row.make([torch.nn.Parameter(torch.zeros(1, 1))]))
         start, gradients, rows = _problem(matrices_only=rule.name == "Muon", sparse=rule.needs_rows)
-        model = torch.nn.ParameterDict({leaf: torch.tensor(value) for leaf, value in start.items()})
+        model = _model(start)
         optimizer = row.make(model.parameters())
         if form is None:
             port = to_optax(optimizer, model=model)
         else:
             port = optax.with_extra_args_support(eval(form, {"optax": optax, "jnp": jnp}))
+        noise = 0.0
         if rule.whole:
             theirs, ours = _closed(optimizer, model), _closed_port(port, start)
+            twin = _model({leaf: ulp_twin(value, np.random.default_rng(2), 2 * U64) for leaf, value in start.items()})
+            noise = _apart(theirs, _closed(row.make(twin.parameters()), twin))
         else:
             theirs, ours = _stepped(optimizer, model, gradients, rows), _stepped_port(port, start, gradients, rows)
-    travel = _norm({leaf: theirs[leaf] - value for leaf, value in start.items()})
-    apart = _norm({leaf: theirs[leaf] - value for leaf, value in ours.items()})
-    return apart / travel, U64 * STEPS * _norm(start) / travel
+    travel = _apart(theirs, start)
+    return _apart(theirs, ours) / travel, max(U64 * STEPS * _norm(start), noise) / travel
+
+
+def _model(start: Arrays) -> Any:
+    return torch.nn.ParameterDict({leaf: torch.tensor(value) for leaf, value in start.items()})
+
+
+def _apart(one: Arrays, other: Arrays) -> float:
+    return _norm({leaf: value - other[leaf] for leaf, value in one.items()})
 
 
 def _norm(leaves: Arrays) -> float:

@@ -46,7 +46,7 @@ ROWS = (
     SchedulerRow(
         "torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[30, 80], gamma=0.1)",
         "optax.piecewise_constant_schedule(0.1, {30: 0.1, 80: 0.01})",
-        "Optax's scales multiply one another: the second is gamma again, not gamma**2; a doubled milestone needs gamma**2",
+        "Optax's scales multiply one another: the second is gamma again, not gamma**2",
     ),
     SchedulerRow(
         "torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1 / 3, total_iters=5)",
@@ -82,7 +82,7 @@ ROWS = (
     SchedulerRow(
         "torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=120)",
         "optax.cosine_onecycle_schedule(120, peak_value=0.1)",
-        "torch's phases end one step earlier; its last rate is lr / (div * final_div), Optax's divides max_lr by that; "
+        "torch's phases end one step earlier: its lowest rate is that of step total_steps - 1; "
         "momentum or beta1 is cycled too, unless cycle_momentum=False",
     ),
     SchedulerRow(

@@ -6,9 +6,7 @@ A state that does not fit is refused with all that is wrong with it: nothing is 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,22 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from equivalence.errors import InputError
-from equivalence.optimizers.torch_side import Torch, step_on
-from equivalence.optimizers.translate import Names, TranslatedState, bound_to
-from equivalence.optimizers.trees import Entry, Flat, Layout, by_path, entries, slots_in_reference
-from equivalence.weights import Bound
-
-STEPS_TAKEN = {
-    "ScaleByScheduleState": ("count",),
-    "InjectHyperparamsState": ("count",),
-    "InjectStatefulHyperparamsState": ("count",),
-    "TranslatedState": ("count",),
-}
-"""Fields of Optax states that count the steps taken, as a schedule does, and not those of a leaf."""
-
-
-ELSEWHERE = ("PlateauState", "TorchLbfgsState")
-"""States that are moved as wholes."""
+from equivalence.optimizers.moving import RESTING, Mover, moving, scheduled, steps_taken, stranger
+from equivalence.optimizers.plateau import PlateauState, load_state, state_of
+from equivalence.optimizers.torch_side import Torch, assert_not_past, holds, step_on
+from equivalence.optimizers.translate import Names, assert_steps, bound_to, is_plateau, is_torch, named
+from equivalence.optimizers.translated import TranslatedState
+from equivalence.optimizers.trees import (
+    STEPS_TAKEN,
+    Entry,
+    Flat,
+    Layout,
+    by_path,
+    entries,
+    shapes_of,
+    slots_in_reference,
+)
 
 
 def optimizer_state(
@@ -55,153 +52,23 @@ def optimizer_state(
         model: the torch module whose parameters the optimizer holds.
         mapping: from the model's leaves to the port's; None infers one from names.
         scheduler, every: as in `to_optax`: the position of schedules is that scheduler's.
-        steps: the optimizer steps taken, where no scheduler tells them; None takes the largest step counter.
+        steps: the optimizer steps taken, where nothing in torch tells them; None takes the scheduler's, or the largest
+            step counter.
+
+    State of a frozen parameter stays behind: no step uses it. For an `nnx.Optimizer` pass
+    `nnx.as_pure(nnx.state(module, nnx.Param))` as params, and put the result there with
+    `nnx.update(optimizer.opt_state, nnx.state(state))`.
 
     Raises InputError with every array that has no counterpart, or that does not fit it.
+
+    Differs from what Optax's own states may suggest: `optax.rmsprop` keeps its momentum times -lr, `optax.amsgrad` the
+    largest of the moments after their bias is corrected; those are refused.
+    https://docs.pytorch.org/docs/stable/generated/torch.optim.Optimizer.state_dict.html
     """
-    known = {id(parameter): name for name, parameter in model.named_parameters()}
-    flat = by_path(params)
-    layout = _layout(Names.of(model), mapping, flat)
-    return moved_state(Torch.of(optimizer, known), transform.init(params), flat, layout, scheduler, every, steps)
-
-
-def _layout(names: Names, mapping: Any, flat: Flat) -> Layout:
-    if isinstance(mapping, Bound):
-        return Layout(mapping)
-    return bound_to(names, mapping, {path: tuple(jnp.shape(leaf)) for path, leaf in flat.items()})
-
-
-def moved_state(
-    torch: Torch,
-    template: Any,
-    flat: Mapping[str, Any],
-    layout: Layout,
-    scheduler: Any = None,
-    every: int = 1,
-    steps: Any = None,
-) -> Any:
-    """A state like `template` with torch's in it; see `optimizer_state`."""
-    mover = _Mover(torch, flat, layout, _steps_taken(torch, scheduler, every, steps))
-    keyed, structure = jax.tree_util.tree_flatten(template)
-    made = [mover.value(entry) for entry in entries(template, flat)]
-    assert len(made) == len(keyed)
-    mover.finish()
-    state = jax.tree_util.tree_unflatten(structure, made)
-    return jax.tree_util.tree_map(
-        lambda node: _whole(node, torch, layout, scheduler), state, is_leaf=lambda n: isinstance(n, TranslatedState)
-    )
-
-
-def _whole(node: Any, torch: Torch, layout: Layout, scheduler: Any) -> Any:
-    """The parts of a translated state that belong to no leaf: LBFGS's vectors and a ReduceLROnPlateau's place."""
-    if not isinstance(node, TranslatedState):
-        return node
-    if torch.whole:
-        from equivalence.optimizers.lbfgs_slots import fill, moved, read
-
-        slots = moved(read(torch.optimizer, tuple(torch.params)), layout.forward)
-        node = node._replace(whole=fill(node.whole, slots))
-    if node.plateau != () and scheduler is not None:
-        from equivalence.optimizers.plateau import state_of
-
-        node = node._replace(plateau=state_of(scheduler))
-    return node
-
-
-def _steps_taken(torch: Torch, scheduler: Any, every: int, steps: int | None) -> int | None:
-    if steps is not None:
-        return steps
-    if scheduler is not None:
-        from equivalence.optimizers.schedules import position
-
-        return int(position(scheduler)) * every
-    if any("step" in slots for slots in torch.slots.values()):
-        return max((int(value) for value in torch.held("step").values()), default=0)
-    return None
-
-
-@dataclass
-class _Mover:
-    """Finds for every array of an Optax state what torch keeps, and collects what is wrong."""
-
-    torch: Torch
-    flat: Mapping[str, Any]
-    layout: Layout
-    steps: int | None
-    problems: list[str] = dataclasses.field(default_factory=list)
-    used: set[str] = dataclasses.field(default_factory=set)
-    _moved: dict[str, Flat] = dataclasses.field(default_factory=dict)
-
-    def value(self, entry: Entry) -> Any:
-        """The array to stand where `entry` stands."""
-        if entry.field in STEPS_TAKEN.get(entry.owner, ()):
-            if self.steps is None:
-                self.problems.append(f"{_at(entry)}: torch's {self.kind} counts no steps: pass scheduler= or steps=")
-            return jnp.asarray(self.steps or 0, entry.array.dtype)
-        if entry.owner in ELSEWHERE:
-            return entry.array
-        if entry.field not in self.torch.fields:
-            if entry.leaf or jnp.issubdtype(entry.array.dtype, jnp.number):
-                self.problems.append(f"{_at(entry)} has no counterpart in torch's {self.kind}")
-            return entry.array
-        slot, how = self.torch.fields[entry.field]
-        self.used.add(slot)
-        held = self.torch.held(slot)
-        if entry.own:
-            return self._fitting(entry, slot, held.get(entry.leaf))
-        if entry.leaf == "":
-            return self._shared(entry, slot, held)
-        if how.kind in ("count", "scalar"):
-            return self._fitting(entry, slot, self._of_leaf(entry, slot, held))
-        if slot not in self._moved:
-            self._moved[slot] = self.layout.forward(held, gradient=how.kind != "value")
-        return self._fitting(entry, slot, self._moved[slot].get(entry.leaf))
-
-    @property
-    def kind(self) -> str:
-        return type(self.torch.optimizer).__name__
-
-    def _shared(self, entry: Entry, slot: str, held: Flat) -> Any:
-        """One counter for all leaves: torch's must agree."""
-        values = {name: np.asarray(value) for name, value in held.items()}
-        if len({value.tobytes() for value in values.values()}) > 1:
-            text = ", ".join(f"{name} {value}" for name, value in values.items())
-            self.problems.append(f"{_at(entry)} is one for all leaves, and torch's {slot} differs: {text}")
-        return self._fitting(entry, slot, next(iter(values.values()), None))
-
-    def _of_leaf(self, entry: Entry, slot: str, held: Flat) -> Any:
-        """A number about one leaf of the port; where it holds several of torch's, theirs must agree."""
-        values = {name: held.get(name) for name in self.layout.sources(entry.leaf)}
-        if len({None if value is None else np.asarray(value).tobytes() for value in values.values()}) > 1:
-            text = ", ".join(f"{name} {value}" for name, value in values.items())
-            self.problems.append(f"{entry.leaf} holds several of torch's parameters, whose {slot} differs: {text}")
-        return next(iter(values.values()), None)
-
-    def _fitting(self, entry: Entry, slot: str, value: Any) -> Any:
-        """Torch's value in the state's dtype; what is not there yet stays as it began."""
-        if value is None:
-            return entry.array
-        if tuple(value.shape) != tuple(entry.array.shape):
-            shapes = f"{tuple(value.shape)} in torch, {tuple(entry.array.shape)} here"
-            self.problems.append(f"{entry.leaf or entry.field}: {slot} has the shape {shapes}")
-            return entry.array
-        made = np.asarray(value).astype(entry.array.dtype)
-        if not np.array_equal(made.astype(value.dtype), value, equal_nan=value.dtype.kind == "f"):
-            text = f"{slot} is {value.dtype}, which {made.dtype} cannot hold"
-            self.problems.append(f"{entry.leaf or entry.field}: {text}")
-        return jnp.asarray(made)
-
-    def finish(self) -> None:
-        """Raise InputError with all problems."""
-        for slot in sorted({slot for slots in self.torch.slots.values() for slot in slots} - self.used):
-            if self.torch.held(slot) and not self.torch.whole:
-                self.problems.append(f"torch's {slot} has no counterpart in the Optax state")
-        if self.problems:
-            raise InputError(f"the state of {self.kind} does not fit: {'; '.join(self.problems)}")
-
-
-def _at(entry: Entry) -> str:
-    return f"{entry.owner}.{entry.field}" + (f" of {entry.leaf}" if entry.leaf else "")
+    torch, flat, layout = _read(optimizer, params, model, mapping, scheduler, every)
+    if not (hasattr(transform, "init") and hasattr(transform, "update")):
+        raise InputError(f"transform= takes an Optax transformation, not {type(transform).__name__}")
+    return moved_state(torch, transform.init(params), flat, layout, scheduler, every, steps)
 
 
 def load_optimizer_state(
@@ -213,95 +80,196 @@ def load_optimizer_state(
     mapping: Any = None,
     scheduler: Any = None,
     every: int = 1,
+    steps: int | None = None,
 ) -> None:
     """Put an Optax state into a torch optimizer, and its schedule's position into the scheduler.
 
     Args:
-        optimizer: the torch optimizer that goes on; what it held before is given up.
+        optimizer: the torch optimizer that goes on; what it held before is given up, but for frozen parameters.
         state: an Optax state: that of `to_optax(optimizer, ...)`, or Optax's own.
         params: the port's parameters; only their shapes and dtypes matter.
         model, mapping: as in `optimizer_state`.
         scheduler, every: the scheduler of the optimizer, stepped on here to where the state is.
+        steps: the optimizer steps taken, where the state counts none (`optax.rmsprop`).
 
     Raises InputError with everything that does not fit, before anything is changed; also where the scheduler is
     further on than the state.
+    https://docs.pytorch.org/docs/stable/generated/torch.optim.Optimizer.load_state_dict.html
     """
-    known = {id(parameter): name for name, parameter in model.named_parameters()}
-    flat = by_path(params)
-    put_state(Torch.of(optimizer, known), state, flat, _layout(Names.of(model), mapping, flat), scheduler, every)
+    torch, flat, layout = _read(optimizer, params, model, mapping, scheduler, every)
+    put_state(torch, state, flat, layout, scheduler, every, steps)
+
+
+def _read(
+    optimizer: Any, params: Any, model: Any, mapping: Any, scheduler: Any, every: int
+) -> tuple[Torch, Flat, Layout]:
+    assert_steps(every)
+    torch, names, flat = Torch.of(optimizer, named(model)), Names.of(model), by_path(params)
+    if is_torch(scheduler) and scheduler.optimizer is not optimizer:
+        raise InputError("scheduler= moves another optimizer than this one")
+    masked = jax.tree_util.tree_leaves(params, is_leaf=_masked)
+    if any(map(_masked, masked)):
+        names = names.only(frozenset(torch.params))
+    return torch, flat, bound_to(names, mapping, shapes_of(flat))
+
+
+def _masked(node: Any) -> bool:
+    return type(node).__name__ == "MaskedNode"
+
+
+def moved_state(
+    torch: Torch,
+    template: Any,
+    flat: Mapping[str, Any],
+    layout: Layout,
+    scheduler: Any = None,
+    every: int = 1,
+    steps: int | None = None,
+) -> Any:
+    """A state like `template` with torch's in it; see `optimizer_state`."""
+    taken = steps_taken(torch, scheduler if is_torch(scheduler) else None, every, steps)
+    mover = Mover(torch, layout, taken, scheduled(template))
+    state = jax.tree_util.tree_unflatten(
+        jax.tree_util.tree_structure(template), [mover.value(entry) for entry in entries(template, flat)]
+    )
+    plateaus = _nodes(template, PlateauState)
+    if plateaus and not is_plateau(scheduler):
+        mover.problems.append("it follows a ReduceLROnPlateau: pass scheduler=, which says where that is")
+    mover.finish()
+
+    def whole(node: Any) -> Any:
+        if isinstance(node, PlateauState):
+            return jax.tree_util.tree_map(lambda new, old: jnp.asarray(new, old.dtype), state_of(scheduler), node)
+        if not isinstance(node, TranslatedState):
+            return node
+        if torch.rule.whole:
+            node = node._replace(whole=_filled(node.whole, torch, layout))
+        return node._replace(plateau=whole(node.plateau))
+
+    return jax.tree_util.tree_map(whole, state, is_leaf=lambda n: isinstance(n, TranslatedState | PlateauState))
+
+
+def _nodes(state: Any, kind: type) -> list[Any]:
+    """The nodes of a type in a state."""
+    found = jax.tree_util.tree_leaves(state, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in found if isinstance(node, kind)]
+
+
+def _filled(template: Any, torch: Torch, layout: Layout) -> Any:
+    """LBFGS's state with torch's in it."""
+    from equivalence.optimizers.lbfgs_slots import fill, moved, read
+
+    slots = moved(read(torch.optimizer, tuple(torch.params)), layout.forward)
+    _assert_held({leaf: array.dtype for leaf, array in by_path(template.d).items()}, slots, "the port's")
+    return fill(template, slots)
+
+
+def _assert_held(kinds: Mapping[str, Any], slots: Mapping[str, Any], whose: str) -> None:
+    """Raise InputError with LBFGS's vectors that other dtypes cannot hold."""
+    problems = [
+        f"{leaf}: {slot} is {array.dtype}, which {whose} {kinds[leaf]} cannot hold"
+        for slot, leaves in slots.items()
+        if isinstance(leaves, dict)
+        for leaf, array in leaves.items()
+        if leaf in kinds and not holds(kinds[leaf], array)
+    ]
+    if problems:
+        raise InputError(f"the state of LBFGS does not fit: {'; '.join(problems)}")
 
 
 def put_state(
-    torch: Torch, state: Any, flat: Mapping[str, Any], layout: Layout, scheduler: Any = None, every: int = 1
+    torch: Torch,
+    state: Any,
+    flat: Mapping[str, Any],
+    layout: Layout,
+    scheduler: Any = None,
+    every: int = 1,
+    steps: int | None = None,
 ) -> None:
     """Put an Optax state into a named torch optimizer; see `load_optimizer_state`."""
     on_host = jax.tree_util.tree_map(np.asarray, state)
-    if torch.whole:
-        _put_whole(torch, on_host, layout)
-    else:
-        _put_slots(torch, on_host, flat, layout)
-    if scheduler is not None:
-        _move_on(scheduler, on_host, flat, every)
+    held = entries(on_host, flat)
+    taken = steps if steps is not None else _taken(held)
+    plateaus = _nodes(on_host, PlateauState)
+    if is_plateau(scheduler) and not plateaus:
+        raise InputError("the state follows no ReduceLROnPlateau: its scheduler cannot go on from it")
+    if is_torch(scheduler) and not is_plateau(scheduler):
+        if taken is None:
+            raise InputError("the state counts no steps, so that the scheduler's position is not known: pass steps=")
+        assert_not_past(scheduler, taken // every)
+    problems = _unfit(on_host, held, torch, layout)
+    whole = _put_whole(torch, on_host, layout, problems) if torch.rule.whole else {}
+    made = {} if torch.rule.whole else _made(torch, on_host, held, flat, layout, taken, problems)
+    if problems:
+        raise InputError(f"the state does not fit torch's {torch.kind}: {'; '.join(problems)}")
+    TODO
+    if is_plateau(scheduler):
+        load_state(scheduler, plateaus[0])
+    elif is_torch(scheduler):
+        assert taken is not None
+        step_on(scheduler, taken // every)
+
+
+def _taken(held: list[Entry]) -> int | None:
+    """The steps that an Optax state has taken, by the first kind of counter that it has."""
+    for owner, field in STEPS_TAKEN.items():
+        counts = [int(entry.array) for entry in held if (entry.owner, entry.field) == (owner, field)]
+        if counts:
+            return max(counts)
+    return None
 
 
 def _put_whole(torch: Torch, state: Any, layout: Layout) -> None:
-    from equivalence.optimizers.lbfgs_slots import moved, slots_of_state, write
+    from equivalence.optimizers.lbfgs_slots import HISTORIES, VECTORS, moved, slots_of_state, write
 
-    nodes = jax.tree_util.tree_leaves(state, is_leaf=lambda node: isinstance(node, TranslatedState))
-    held = [node.whole for node in nodes if isinstance(node, TranslatedState)]
-    if not held:
+    nodes = _nodes(state, TranslatedState)
+    if not nodes or not type(nodes[0].whole).__name__.startswith("Torch"):
         raise InputError("LBFGS goes on from the state of to_optax(LBFGS): Optax's own keeps other things")
-    write(torch.optimizer, tuple(torch.params), moved(slots_of_state(held[0]), layout.backward))
+    slots = moved(slots_of_state(nodes[0].whole), layout.backward)
+    still = {name: tuple(p.shape) for name, p in torch.params.items() if not p.requires_grad}
+    for slot in {*VECTORS, *HISTORIES} & set(slots):
+        # a frozen parameter has its place in torch's vectors, and nothing in it
+        length = () if slot in VECTORS else (len(slots["ro"]),)
+        slots[slot] = {name: np.zeros((*length, *shape)) for name, shape in still.items()} | slots[slot]
+    write(torch.optimizer, tuple(torch.params), slots)
 
 
-def _put_slots(torch: Torch, state: Any, flat: Mapping[str, Any], layout: Layout) -> None:
-    shapes = {path: tuple(jnp.shape(leaf)) for path, leaf in flat.items()}
+def _made(
+    torch: Torch, state: Any, held: list[Entry], flat: Mapping[str, Any], layout: Layout, steps: int | None
+) -> dict[str, dict[str, Any]]:
+    """Torch's state of every parameter. Raises InputError with all that does not fit."""
     as_values = frozenset(slot.field for _, slot in torch.fields.values() if slot.kind == "value")
-    found = slots_in_reference(state, layout, shapes, as_values)
-    problems = _unlike(state, flat, layout)
+    found = slots_in_reference(state, layout, shapes_of(flat), as_values)
+    problems = _unfit(torch, held, layout)
     made: dict[str, dict[str, Any]] = {}
-    for name, slots in torch.slots.items():
-        made[name] = {}
-        for slot, how in slots.items():
-            leaves = found.get(how.field, {})
-            value = leaves.get(name, leaves.get("") if how.kind != "begun" else None)
-            if value is None:
+    for name in moving(torch, layout):
+        values = {}
+        for slot, how in torch.slots[name].items():
+            leaves, value = found.get(how.field, {}), None
+            if how.kind == "count":
+                value = leaves.get(name, leaves.get("", None if steps is None else np.asarray(steps)))
+            elif how.kind != "begun":
+                value = leaves.get(name)
+            elif (how.field in found) and name in leaves:
+                value = leaves[name]
+            else:
+                # Optax's own momentum has no counter, and torch's first step no momentum: zeros are the same
+                moments = [found.get(other.field, {}).get(name, 0) for other in torch.slots[name].values()]
+                value = np.asarray(int(any(np.any(moment) for moment in moments)))
+            if value is None and how.kind == "count":
+                problems.append(f"{name}: the state counts no steps, and torch does: pass steps=")
+            elif value is None:
                 problems.append(f"{name}: the state holds no {how.field}, which torch keeps as {slot}")
             elif how.kind in ("moment", "value") and tuple(value.shape) != tuple(torch.params[name].shape):
                 there = f"{tuple(value.shape)} here, {tuple(torch.params[name].shape)} in torch"
                 problems.append(f"{name}: {slot} has the shape {there}")
             else:
-                made[name][slot] = value
+                values[slot] = value
+        if len(values) == len(torch.slots[name]):
+            try:
+                made[name] = torch.made(name, values)
+            except InputError as error:
+                problems.append(str(error))
     if problems:
-        raise InputError(f"the state does not fit torch's {type(torch.optimizer).__name__}: {'; '.join(problems)}")
-    for name, values in made.items():
-        torch.put(name, values)
-
-
-def _unlike(state: Any, flat: Mapping[str, Any], layout: Layout) -> list[str]:
-    """Numbers about a torch parameter on which the port's leaves that hold its parts disagree."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for entry in entries(state, flat):
-        if entry.leaf and not entry.own and tuple(entry.array.shape) == ():
-            for name in layout.sources(entry.leaf):
-                found.setdefault((name, entry.field), {})[entry.leaf] = entry.array
-    return [
-        f"{name} lies in {', '.join(leaves)}, whose {field} differs: {', '.join(map(str, leaves.values()))}"
-        for (name, field), leaves in found.items()
-        if len({value.tobytes() for value in leaves.values()}) > 1
-    ]
-
-
-def _move_on(scheduler: Any, state: Any, flat: Mapping[str, Any], every: int) -> None:
-    """Step a scheduler on to where an Optax state is; a ReduceLROnPlateau is put there."""
-    held = jax.tree_util.tree_leaves(state, is_leaf=lambda node: isinstance(node, TranslatedState))
-    for part in held:
-        if isinstance(part, TranslatedState) and part.plateau != ():
-            from equivalence.optimizers.plateau import load_state
-
-            load_state(scheduler, part.plateau)
-            return
-    taken = [int(e.array) for e in entries(state, flat) if e.field in STEPS_TAKEN.get(e.owner, ())]
-    if not taken:
-        raise InputError("the state counts no steps, so the scheduler's position is not known: step it on yourself")
-    step_on(scheduler, max(taken) // every)
+        raise InputError(f"the state does not fit torch's {torch.kind}: {'; '.join(problems)}")
+    return made

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from equivalence.errors import InputError
-from equivalence.optimizers.translate import rule_of
+from equivalence.optimizers.translate import assert_known, rule_of
 from equivalence.optimizers.trees import Flat
 
 if TYPE_CHECKING:
-    from equivalence.optimizers.rules import Slot
+    from equivalence.optimizers.rules.common import Rule, Slot
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,11 @@ class Torch:
     """A torch optimizer with its parameters named."""
 
     optimizer: Any
+    rule: Rule
     params: Mapping[str, Any]
     """Torch's parameters by name, those that the optimizer holds."""
+    groups: Mapping[str, Mapping[str, Any]]
+    """The parameter group of each."""
     slots: Mapping[str, Mapping[str, Slot]]
     """What the optimizer keeps for each parameter under its group's options: torch's name -> where Optax keeps it."""
 
@@ -31,15 +35,26 @@ class Torch:
     def of(cls, optimizer: Any, known: Mapping[int, str]) -> Torch:
         """Read an optimizer whose parameters' names are known by identity."""
         rule = rule_of(optimizer)
-        params, slots = {}, {}
+        assert_known(optimizer, known)
+        params, groups, slots = {}, {}, {}
         for group in optimizer.param_groups:
-            options = {name: value for name, value in group.items() if name != "params"}
+            kept = rule.slots({name: value for name, value in group.items() if name != "params"})
             for parameter in group["params"]:
-                if id(parameter) not in known:
-                    raise InputError(f"the optimizer's parameter of shape {tuple(parameter.shape)} is not the model's")
-                params[known[id(parameter)]] = parameter
-                slots[known[id(parameter)]] = rule.slots(options)
-        return cls(optimizer, params, slots)
+                name = known[id(parameter)]
+                params[name], groups[name] = parameter, group
+                absent = "factored" if parameter.dim() < 2 else "unfactored"
+                slots[name] = {slot: how for slot, how in kept.items() if how.kind != absent}
+        return cls(optimizer, rule, params, groups, slots)
+
+    @property
+    def kind(self) -> str:
+        """The name of the optimizer's class."""
+        return self.rule.name
+
+    @property
+    def fields(self) -> dict[str, tuple[str, Slot]]:
+        """Where each field of the Optax state comes from: field -> (torch's slot, how it moves)."""
+        return {slot.field: (name, slot) for slots in self.slots.values() for name, slot in slots.items()}
 
     def held(self, slot: str) -> Flat:
         """One slot of the state by torch's names; parameters that have not been stepped yet have none."""
@@ -49,43 +64,87 @@ class Torch:
             how = self.slots[name].get(slot)
             if how is not None and how.kind == "begun":
                 found[name] = np.asarray(int(any(value is not None for value in state.values())))
-            elif state.get(slot) is not None:
-                value = state[slot]
-                found[name] = value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+            elif how is not None and state.get(slot) is not None:
+                found[name] = to_numpy(state[slot])
         return found
 
-    @property
-    def fields(self) -> dict[str, tuple[str, Slot]]:
-        """Where each field of the Optax state comes from: field -> (torch's slot, how it moves)."""
-        return {slot.field: (name, slot) for slots in self.slots.values() for name, slot in slots.items()}
+    def beyond(self) -> list[str]:
+        """What the optimizer keeps for its parameters that its class is not known to keep."""
+        return sorted(
+            f"{name}: {slot}"
+            for name, parameter in self.params.items()
+            for slot in self.optimizer.state.get(parameter, {})
+            if not self.rule.whole and slot not in self.slots[name]
+        )
 
-    @property
-    def whole(self) -> bool:
-        """Whether its state is about all parameters together (LBFGS)."""
-        return rule_of(self.optimizer).whole
+    def made(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """One parameter's state of arrays, in torch's own dtypes; {} where torch would have none yet.
 
-    def put(self, name: str, values: Mapping[str, Any]) -> None:
-        """Give one parameter its state, as torch's own dtypes have it; one that was never stepped gets none."""
-        import torch
-
-        parameter, slots = self.params[name], self.slots[name]
-        begun = [int(values[slot]) > 0 for slot, how in slots.items() if how.kind in ("count", "begun")]
-        if not slots or (begun and not any(begun) and not rule_of(self.optimizer).eager):
-            self.optimizer.state.pop(parameter, None)
-            return
+        Raises InputError where a dtype cannot hold an array.
+        """
+        parameter, group, slots = self.params[name], self.groups[name], self.slots[name]
+        begun = [values[slot] > 0 for slot, how in slots.items() if how.kind in ("count", "begun")]
+        if not any(begun) and not self.rule.eager:
+            return {}
         state: dict[str, Any] = {}
         for slot, how in slots.items():
-            array = np.array(values[slot])
-            if how.kind == "begun":
-                continue
             if how.python:
-                state[slot] = int(array)
+                state[slot] = int(values[slot])
             elif how.kind in ("count", "scalar"):
-                wide = torch.get_default_dtype() == torch.float64
-                state[slot] = torch.tensor(array.item(), dtype=torch.float64 if wide else torch.float32)
-            else:
-                state[slot] = torch.from_numpy(array).to(parameter)
-        self.optimizer.state[parameter] = state
+                # torch keeps scalars beside the parameter where it compiles or fuses the step
+                beside = group.get("capturable") or group.get("fused") or self.kind == "ASGD"
+                state[slot] = _scalar(values[slot], bool(group.get("fused"))).to(parameter.device if beside else "cpu")
+            elif how.kind != "begun":
+                array, kind = np.array(values[slot]), to_numpy(parameter[..., :0]).dtype
+                if not holds(kind, array):
+                    raise InputError(f"{name}: {slot} is {array.dtype}, which torch's {kind} cannot hold")
+                state[slot] = to_torch(array.astype(kind)).to(parameter.device)
+        return state
+
+    def put(self, name: str, state: Mapping[str, Any]) -> None:
+        """Give one parameter its state."""
+        self.optimizer.state.pop(self.params[name], None)
+        if state:
+            self.optimizer.state[self.params[name]] = dict(state)
+
+
+def _scalar(value: Any, narrow: bool) -> Any:
+    """A number as torch holds those of its state: in float64 where that is the default or the number needs it."""
+    import torch
+
+    wide = torch.get_default_dtype() == torch.float64 and not narrow
+    exact = holds(np.float32, np.asarray(value, np.float64))
+    return torch.tensor(float(value), dtype=torch.float32 if exact and not wide else torch.float64)
+
+
+def holds(dtype: Any, array: np.ndarray) -> bool:
+    """Whether an array keeps every value in another dtype."""
+    if array.dtype == dtype:
+        return True
+    with np.errstate(over="ignore", invalid="ignore"):
+        back = array.astype(dtype).astype(array.dtype)
+    return bool(np.all((back == array) | ((back != back) & (array != array))))
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A tensor or a number of torch's as an array of its own, bfloat16 included."""
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    import torch
+
+    plain = value.detach().cpu()
+    if plain.dtype == torch.bfloat16:
+        return np.array(plain.view(torch.int16)).view(ml_dtypes.bfloat16)
+    return np.array(plain)
+
+
+def to_torch(array: np.ndarray) -> Any:
+    """An array as a tensor of its own dtype, bfloat16 included."""
+    import torch
+
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 COMMON = {"exp_avg": "mu", "exp_avg_sq": "nu", "momentum_buffer": "trace", "step": "count"}
@@ -105,14 +164,23 @@ def fields_of(optimizer: Any) -> dict[str, str]:
     return found
 
 
+def assert_not_past(scheduler: Any, position: int) -> None:
+    """Raise InputError where a scheduler is past a position."""
+    from equivalence.optimizers.schedules import position as position_of
+
+    if position_of(scheduler) > position:
+        raise InputError(
+            f"the scheduler has taken {position_of(scheduler)} steps and the state {position}: make a new scheduler"
+        )
+
+
 def step_on(scheduler: Any, position: int) -> None:
     """Step a scheduler to a position, and with it its optimizer's rates. Raises InputError where it is past that."""
-    if scheduler.last_epoch > position:
-        raise InputError(
-            f"the scheduler has taken {scheduler.last_epoch} steps and the state {position}: make a new scheduler"
-        )
+    from equivalence.optimizers.schedules import position as position_of
+
+    assert_not_past(scheduler, position)
     with warnings.catch_warnings():
         # torch warns when a scheduler steps before its optimizer has: the steps were taken elsewhere
         warnings.simplefilter("ignore", UserWarning)
-        while scheduler.last_epoch < position:
+        for _ in range(position - position_of(scheduler)):
             scheduler.step()

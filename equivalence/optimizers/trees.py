@@ -99,7 +99,7 @@ def entries(state: Any, paths: Mapping[str, Any]) -> list[Entry]:
     """
     found: list[tuple[tuple[str, ...], Entry]] = []
     for keys, array in _keyed(state):
-        parts, owners = [_step(key) for key in keys], _owners(state, keys)
+        parts, owners = [_step(key) for key in keys] or ["state"], _owners(state, keys) or [""]
         top = owners.index("TranslatedState") if "TranslatedState" in owners else None
         if top is not None and parts[top] in ("leaves", "reference"):
             entry = Entry(owners[-1], parts[-1], parts[top + 1], array, parts[top] == "reference", True)

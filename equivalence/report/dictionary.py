@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from equivalence import dictionary
-from equivalence.dictionary import Entry, Gaps
-from equivalence.errors import InputError
+from equivalence.dictionary import Entry, Figures, Gaps
 from equivalence.optimizers.around_table import AROUND
 from equivalence.report.files import check_writable, write_atomically
 from equivalence.report.text import figure
 
 PAGE = Path(__file__).parents[2] / "docs" / "training-dictionary.md"
+PACKAGES = ("torch", "jax", "optax")
 WIDTH = 80
 MARGIN = 10
 """Columns of a listing before its words: those of a figure."""
@@ -29,8 +30,8 @@ What torch calls it, what one would write in JAX, what quietly differs, and how 
 measured in float64, relative, and 0 where every bit is the same: of an optimizer, the distance between the parameters
 after 50 steps of random gradients, in units of the distance that torch went; of a schedule, the largest difference over
 120 counts, in units of the largest rate; of a loss, the larger of the differences of value and gradient. *Ours* is
-the translation of this package; what its gap may be by rounding alone stands behind it. This page is generated:
-`python -m equivalence.report.dictionary`.
+the translation of this package; what rounding alone may make of its gap stands behind it, in brackets. Measured with
+VERSIONS, on a CPU. This page is generated: `python -m equivalence.report.dictionary`.
 
 ## Going on in JAX, and back
 
@@ -79,7 +80,10 @@ with torch.no_grad():
 
 WORDS = {
     "optimizers": "`optimizer` is the torch one, and ours is `eq.to_optax(optimizer)` unless said otherwise below.",
-    "schedules": "`scheduler` is the torch one, and ours is `eq.to_schedule(scheduler)` unless said otherwise below.",
+    "schedules": (
+        "`lr_scheduler` is that of `torch.optim`, `scheduler` the torch one, and ours is `eq.to_schedule(scheduler)`"
+        " unless said otherwise below. Counts are int32, as Optax's own."
+    ),
     "losses": "Ours is a function of the torch module's inputs, with its options as keywords.",
 }
 AROUND_WORDS = "What surrounds the step; ours is in `eq.optimizers`, and tested against torch step by step."
@@ -90,9 +94,9 @@ LISTED = (
 NAMES = {"optimizers": "Names for verify --optimizer", "losses": "Names for verify(loss=...)"}
 
 
-def page(figures: Mapping[tuple[str, str], Gaps]) -> str:
+def page(figures: Figures) -> str:
     """The whole page, with these figures. Raises InputError for a line that has none."""
-    parts = [HEAD]
+    parts = [HEAD.replace("VERSIONS", ", ".join(f"{name} {version}" for name, version in figures.versions.items()))]
     for section in dictionary.SECTIONS:
         lines = list(dictionary.entries(section))
         parts.append(f"## {section.capitalize()}\n\n{WORDS[section]}\n\n{_table(lines, figures)}\n")
@@ -102,31 +106,30 @@ def page(figures: Mapping[tuple[str, str], Gaps]) -> str:
     return "\n".join(parts)
 
 
-def _table(lines: Iterable[Entry], figures: Mapping[tuple[str, str], Gaps]) -> str:
-    lines = list(lines)
-    exact = any(line.exact for line in lines)
-    head = ["torch", "one would write", "gap", *(["exactly", "gap"] if exact else []), "gap of ours", "quietly"]
-    rows = [_row(head), "|" + "".join("--:|" if "gap" in cell else "---|" for cell in head)]
+def _table(lines: Sequence[Entry], figures: Figures) -> str:
+    """A section; a column of plain exact forms where there are any, of ours where they are not alike."""
+    exact, alike = any(line.exact for line in lines), lines[0].section != "losses"
+    head = ["torch", "one would write", "gap", *(["exactly", "gap"] if exact else []), *([] if alike else ["ours"])]
+    rows = [_row([*head, "gap of ours", "quietly"])]
+    rows.append("|" + "".join("--:|" if "gap" in cell else "---|" for cell in (*head, "gap", "")))
     for line in lines:
-        gaps = _found(line, figures)
-        plain = [_code(line.exact), figure(gaps.exact)] if exact else []
-        ours = f"{figure(gaps.ours)} of {figure(gaps.rounding, 1)}"
-        rows.append(_row([_code(line.torch), _code(line.form), figure(gaps.form), *plain, ours, line.differs]))
+        gaps = figures.of(line)
+        plain = ["the same", "–"] if line.exact and line.exact == line.form else [_code(line.exact), figure(gaps.exact)]
+        cells = [_titled(line), _code(line.form), figure(gaps.form), *(plain if exact else [])]
+        cells += [] if alike else [_code(line.ours)]
+        rows.append(_row([*cells, f"{figure(gaps.ours)} ({figure(gaps.rounding, 1)})", line.differs]))
     return "\n".join(rows)
 
 
-def _found(line: Entry, figures: Mapping[tuple[str, str], Gaps]) -> Gaps:
-    if line.key not in figures:
-        raise InputError(f"{line.torch} was not measured yet: run python -m equivalence.report.dictionary")
-    return figures[line.key]
+def _titled(line: Entry) -> str:
+    return _code(line.torch) if line.section != "losses" else f"{line.name}<br>{_code(line.torch)}"
 
 
 def _called(lines: Iterable[Entry]) -> Iterator[str]:
     """How the translations are made and called that are not as the others."""
-    usual = {line.section: line.ours for line in reversed(list(lines))}
-    for name, (section, ours, call) in {line.name: (line.section, line.ours, line.call) for line in lines}.items():
-        if section != "losses" and (call or ours != usual[section]):
-            yield f"- {name}: `{ours}`" + (f", then `{call}`" if call else "")
+    for name, line in {line.name: line for line in lines}.items():
+        if name in dictionary.OURS or line.call:
+            yield f"- {name}: `{line.ours}`" + (f", then `{line.call}`" if line.call else "")
 
 
 def _around() -> str:
@@ -152,18 +155,19 @@ def listing(section: str, names: Iterable[tuple[str, str]]) -> str:
         rows = [_wrapped(f"  {name:<{width}}  {summary}", width + 4) for name, summary in known]
         parts.append("\n".join([f"{NAMES[section]}:", *rows]))
     parts.append(LISTED)
-    parts += [_lines(line, _found(line, figures)) for line in dictionary.entries(section)]
+    parts += [_lines(line, figures.of(line)) for line in dictionary.entries(section)]
     return "\n\n".join(parts)
 
 
 def _lines(line: Entry, gaps: Gaps) -> str:
     """One entry: torch's form, then a line each for a figure and its form, then what differs."""
     title = line.torch if line.section != "losses" else f"torch.nn.{line.name}: {line.torch}"
-    forms = [(gaps.form, line.form), (gaps.exact, line.exact), (gaps.ours, line.ours)]
+    exact = None if line.exact == line.form else line.exact
+    forms = [(gaps.form, line.form), (gaps.exact, exact), (gaps.ours, line.ours)]
     rows = [_wrapped(title, 4)]
     rows += [_wrapped(f"{figure(gap):>{MARGIN - 2}}  {form}", MARGIN) for gap, form in forms if form is not None]
-    called = [line.call] if line.call else []
-    return "\n".join([*rows, *(_wrapped(" " * MARGIN + text, MARGIN) for text in (*called, line.differs))])
+    words = [*([line.call] if line.call else []), f"differs: {line.differs}"]
+    return "\n".join([*rows, *(_wrapped(" " * MARGIN + text, MARGIN) for text in words)])
 
 
 def _wrapped(text: str, indent: int) -> str:
@@ -174,12 +178,13 @@ def main() -> None:
     """Measure every line; write the figures and the page."""
     for place in (dictionary.FIGURES, PAGE):
         check_writable(place)
-    found = {}
+    gaps = {}
     for section in dictionary.SECTIONS:
         for line in dictionary.entries(section):
-            found[line.key] = dictionary.measure(line)
-            sys.stdout.write(f"{section}: {line.torch}: {figure(found[line.key].ours)}\n")
-    write_atomically(dictionary.FIGURES, dictionary.as_json(found))
+            gaps[line.key] = dictionary.measure(line)
+            sys.stdout.write(f"{line.torch}: {figure(gaps[line.key].ours)}\n")
+    measured = Figures({name: version(name) for name in PACKAGES}, gaps)
+    write_atomically(dictionary.FIGURES, dictionary.as_json(measured))
     write_atomically(PAGE, page(dictionary.figures()))
 
 

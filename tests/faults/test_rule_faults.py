@@ -224,6 +224,17 @@ class Swap:
         return f"{self.name}: {self.what}"
 
 
+def nan_spreads(options: Any) -> optax.GradientTransformation:
+    """Rprop whose change is NaN where the gradient is: jnp.sign's NaN for torch.sign's 0."""
+    right = steps.rprop(options)
+
+    def update(gradient: Any, state: Any, param: Any = None) -> Any:
+        change, state = right.update(gradient, state, param)
+        return jnp.where(jnp.isnan(gradient), gradient, change), state
+
+    return optax.GradientTransformation(right.init, update)
+
+
 HEAVY, DECAY, DECAYED = {"momentum": 0.9}, {"weight_decay": 0.1}, optax.add_decayed_weights(0.1)
 SWAPS = [
     Swap("an average, no heavy ball", "SGD", HEAVY, around(optax.ema(0.9, debias=False))),
@@ -293,9 +304,9 @@ SWAPS = [
         "a turned gradient still moves",
         "Rprop",
         {},
-        patched("Rprop", steps, "_agreement", lambda g, p: jnp.maximum(jnp.sign(g * p), 0)),
+        patched("Rprop", steps, "_product", lambda g, p: jnp.maximum(g * p, 0) * 2.0**100),
     ),
-    Swap("NaN has no sign", "Rprop", {}, patched("Rprop", steps, "_sign", jnp.sign), "nan"),
+    Swap("NaN has no sign", "Rprop", {}, nan_spreads, "nan"),
     Swap("Optax's Adafactor", "Adafactor", {}, lambda options: optax.adafactor(options["lr"])),
     Swap("NaN spreads", "Adafactor", {}, patched("Adafactor", matrix, "_at_least", jnp.maximum), "nan"),
     Swap("float32 for bfloat16", "Muon", {}, patched("Muon", matrix, "orthogonalized", in_float32)),
