@@ -19,7 +19,7 @@ Path = tuple[int, ...]
 
 Jitter = Callable[[np.ndarray], np.ndarray]
 
-TWINS = 4
+TWINS = 10
 
 FLOAT32, FLOAT64 = 2.0**-22, 2.0**-51
 """A few units of rounding."""
@@ -72,7 +72,9 @@ def _own(top: ast.AST) -> Iterator[ast.stmt]:
             yield from _own(node)
 
 
-def shared(run: Callable[[Jitter], Any], functions: Sequence[Callable[..., Any]], *sizes: float) -> tuple[Path, ...]:
+def shared(
+    run: Callable[[Jitter], Any], functions: Sequence[Callable[..., Any]], *sizes: float, twins: int = TWINS
+) -> tuple[Path, ...]:
     """The path of a float64 run, and for each size how much of it runs share whose arithmetic is off by that much.
 
     Beyond that rounding decides: the reference is no yardstick there (DESIGN section 4: ill-conditioned).
@@ -81,12 +83,13 @@ def shared(run: Callable[[Jitter], Any], functions: Sequence[Callable[..., Any]]
         run: a float64 run of the reference that passes what its closure is given and answers through a jitter.
         functions: whose lines make the path.
         sizes: relative, as `FLOAT32` and `FLOAT64`.
+        twins: how many runs; many for examples drawn at random, of which one in a thousand is close to a tie.
     """
     whole = path(lambda: run(still), functions)
     found = [whole]
     for size in sizes:
         common = len(whole)
-        for number in range(TWINS):
+        for number in range(twins):
             twin = path(lambda number=number, size=size: run(_jitter(number, size)), functions)
             pairs = zip(whole, twin, strict=False)
             common = min(common, next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(whole), len(twin))))

@@ -20,7 +20,7 @@ from equivalence.optimizers import lbfgs
 from equivalence.optimizers.lbfgs_slots import read, slots_of_state
 from equivalence.runtimes.jax import environment
 from tests.agreement import Arrays, Side
-from tests.branches import FLOAT32, FLOAT64, Jitter, Path, shared, still
+from tests.branches import FLOAT32, FLOAT64, TWINS, Jitter, Path, shared, still
 
 TORCH = (LBFGS.step, source._strong_wolfe, source._cubic_interpolate)
 KINDS = {32: torch.float32, 64: torch.float64}
@@ -175,13 +175,13 @@ def wide(arrays: Arrays) -> Arrays:
     return {key: value.astype(np.float32).astype(np.float64) for key, value in arrays.items()}
 
 
-def settled(case: Case) -> tuple[Path, int, int]:
+def settled(case: Case, twins: int = TWINS) -> tuple[Path, int, int]:
     """The lines of torch's step in the steps to judge, how many those are, and in how many of them float32 counts."""
 
     def run(jitter: Jitter) -> Any:
         return in_torch(case, 64, wide(case.arrays), jitter)
 
-    whole, broad, narrow = shared(run, TORCH, FLOAT64, FLOAT32)
+    whole, broad, narrow = shared(run, TORCH, FLOAT64, FLOAT32, twins=twins)
     starts = [number for number, line in enumerate(whole) if line == whole[0]] + [len(whole)]
 
     def steps(prefix: Path) -> int:

@@ -80,7 +80,7 @@ def test_the_table_fits_80_columns_and_is_plain_off_a_terminal(whole):
 def test_off_a_terminal_it_says_what_is_done_meanwhile():
     lines = shown(report(equivalent_port())).splitlines()
     assert lines[:4] == [
-        "titanic_mlp: torch against nnx, 11 checks",
+        "titanic_mlp: torch against nnx, 12 checks",
         "nnx: 40 examples",
         "nnx: examples (40)",
         "nnx: training steps (8500)",

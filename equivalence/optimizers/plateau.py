@@ -66,8 +66,11 @@ class Plateau:
         return PlateauState(jnp.asarray(lr), jnp.asarray(best), *(jnp.asarray(n, jnp.int32) for n in counts))
 
     def advance(self, state: PlateauState, metric: Any) -> PlateauState:
-        """One `scheduler.step(metric)`. Traceable; a metric of NaN is no improvement, as in torch."""
+        """One `scheduler.step(metric)`. Traceable; a metric of NaN is no improvement, as in torch. Raises InputError
+        for a metric that is no number."""
         value = jnp.asarray(metric, state.best.dtype)
+        if value.shape:
+            raise InputError(f"ReduceLROnPlateau looks at one number, not at an array of shape {value.shape}")
         if self.relative:
             mark = state.best * (1.0 - self.threshold if self.better_is_less else 1.0 + self.threshold)
         else:
@@ -110,16 +113,25 @@ def state_of(scheduler: Any) -> PlateauState:
 def load_state(scheduler: Any, state: PlateauState) -> None:
     """Put a torch scheduler, and its optimizer's rates, where `state` is. Raises InputError for another number of
     groups."""
-    groups, rates = scheduler.optimizer.param_groups, np.asarray(state.lr, np.float64)
+    groups, rates = scheduler.optimizer.param_groups, np.asarray(state.lr)
     if rates.shape != (len(groups),):
         raise InputError(f"the state holds {rates.size} learning rates, the optimizer has {len(groups)} groups")
     for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = float(rate)
-    scheduler.best = float(state.best)
+        value = _unrounded(float(group["lr"]), rate)
+        if hasattr(group["lr"], "fill_"):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+    scheduler.best = _unrounded(float(scheduler.best), np.asarray(state.best))
     scheduler.num_bad_epochs = int(state.num_bad_epochs)
     scheduler.cooldown_counter = int(state.cooldown_counter)
     scheduler.last_epoch = int(state.count)
-    scheduler._last_lr = [float(rate) for rate in rates]
+    scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def _unrounded(before: float, value: Any) -> float:
+    """A value of the state as a Python float: what torch has already, where that is the same in the state's dtype."""
+    return before if value.dtype.type(before) == value else float(value)
 
 
 def scale_by_plateau(scheduler: Any, *, group: int = 0, every: int = 1) -> optax.GradientTransformationExtraArgs:

@@ -6,8 +6,8 @@ A state that does not fit is refused with all that is wrong with it: nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 from equivalence.errors import InputError
 from equivalence.optimizers.moving import RESTING, Mover, moving, scheduled, steps_taken, stranger
 from equivalence.optimizers.plateau import PlateauState, load_state, state_of
-from equivalence.optimizers.torch_side import Torch, assert_not_past, holds, step_on
+from equivalence.optimizers.torch_side import Torch, holds, kind_of, past, step_on
 from equivalence.optimizers.translate import Names, assert_steps, bound_to, is_plateau, is_torch, named
 from equivalence.optimizers.translated import TranslatedState
 from equivalence.optimizers.trees import (
@@ -29,6 +29,9 @@ from equivalence.optimizers.trees import (
     shapes_of,
     slots_in_reference,
 )
+
+if TYPE_CHECKING:
+    from equivalence.optimizers.rules.common import Slot
 
 
 def optimizer_state(
@@ -144,7 +147,7 @@ def moved_state(
             return node
         if torch.rule.whole:
             node = node._replace(whole=_filled(node.whole, torch, layout))
-        return node._replace(plateau=whole(node.plateau))
+        return node if node.plateau == () else node._replace(plateau=whole(node.plateau))
 
     return jax.tree_util.tree_map(whole, state, is_leaf=lambda n: isinstance(n, TranslatedState | PlateauState))
 
@@ -160,21 +163,9 @@ def _filled(template: Any, torch: Torch, layout: Layout) -> Any:
     from equivalence.optimizers.lbfgs_slots import fill, moved, read
 
     slots = moved(read(torch.optimizer, tuple(torch.params)), layout.forward)
-    _assert_held({leaf: array.dtype for leaf, array in by_path(template.d).items()}, slots, "the port's")
+    if lost := _lost(slots, {leaf: array.dtype for leaf, array in by_path(template.d).items()}):
+        raise InputError(f"the state of LBFGS does not fit: {'; '.join(lost)}")
     return fill(template, slots)
-
-
-def _assert_held(kinds: Mapping[str, Any], slots: Mapping[str, Any], whose: str) -> None:
-    """Raise InputError with LBFGS's vectors that other dtypes cannot hold."""
-    problems = [
-        f"{leaf}: {slot} is {array.dtype}, which {whose} {kinds[leaf]} cannot hold"
-        for slot, leaves in slots.items()
-        if isinstance(leaves, dict)
-        for leaf, array in leaves.items()
-        if leaf in kinds and not holds(kinds[leaf], array)
-    ]
-    if problems:
-        raise InputError(f"the state of LBFGS does not fit: {'; '.join(problems)}")
 
 
 def put_state(
@@ -189,25 +180,22 @@ def put_state(
     """Put an Optax state into a named torch optimizer; see `load_optimizer_state`."""
     on_host = jax.tree_util.tree_map(np.asarray, state)
     held = entries(on_host, flat)
-    taken = steps if steps is not None else _taken(held)
-    plateaus = _nodes(on_host, PlateauState)
-    if is_plateau(scheduler) and not plateaus:
-        raise InputError("the state follows no ReduceLROnPlateau: its scheduler cannot go on from it")
-    if is_torch(scheduler) and not is_plateau(scheduler):
-        if taken is None:
-            raise InputError("the state counts no steps, so that the scheduler's position is not known: pass steps=")
-        assert_not_past(scheduler, taken // every)
+    taken = _taken(held) if steps is None else steps
     problems = _unfit(on_host, held, torch, layout)
-    whole = _put_whole(torch, on_host, layout, problems) if torch.rule.whole else {}
-    made = {} if torch.rule.whole else _made(torch, on_host, held, flat, layout, taken, problems)
+    if is_plateau(scheduler):
+        put_scheduler = _plateau(scheduler, on_host, problems)
+    else:
+        put_scheduler = _stepped(scheduler, taken, every, problems)
+    if torch.rule.whole:
+        put = _whole(torch, on_host, layout, problems)
+    else:
+        put = _leafwise(
+            torch, slots_in_reference(on_host, layout, shapes_of(flat), _values(torch)), layout, taken, problems
+        )
     if problems:
         raise InputError(f"the state does not fit torch's {torch.kind}: {'; '.join(problems)}")
-    TODO
-    if is_plateau(scheduler):
-        load_state(scheduler, plateaus[0])
-    elif is_torch(scheduler):
-        assert taken is not None
-        step_on(scheduler, taken // every)
+    put()
+    put_scheduler()
 
 
 def _taken(held: list[Entry]) -> int | None:
@@ -219,57 +207,115 @@ def _taken(held: list[Entry]) -> int | None:
     return None
 
 
-def _put_whole(torch: Torch, state: Any, layout: Layout) -> None:
+def _values(torch: Torch) -> frozenset[str]:
+    """The fields that move as parameters do, not as gradients."""
+    return frozenset(slot.field for _, slot in torch.fields.values() if slot.kind == "value")
+
+
+def _unfit(state: Any, held: list[Entry], torch: Torch, layout: Layout) -> list[str]:
+    """What an Optax state holds that torch's optimizer has no place for, and numbers on which its leaves disagree."""
+    problems = [why for entry in held if (why := stranger(entry, torch, scheduled(state)))]
+    numbers: dict[tuple[str, str], dict[str, int]] = {}
+    for entry in held:
+        if entry.field == RESTING.get(entry.owner, ("",))[0] and int(entry.array):
+            problems.append(f"{entry.owner}.{entry.field} is {entry.array}: hand over when a step has just been taken")
+        if not entry.leaf or entry.own or entry.field not in torch.fields:
+            continue
+        names = layout.sources(entry.leaf)
+        if torch.fields[entry.field][1].kind in ("count", "begun"):
+            for name in names:
+                numbers.setdefault((name, entry.field), {})[entry.leaf] = int(entry.array)
+        elif names and not set(names) & set(torch.params) and np.any(entry.array):
+            problems.append(f"{entry.owner}.{entry.field} of {entry.leaf}: torch's optimizer does not hold that")
+    return problems + [
+        f"{name} lies in {', '.join(leaves)}, whose {field} differs: {', '.join(map(str, leaves.values()))}"
+        for (name, field), leaves in numbers.items()
+        if len(set(leaves.values())) > 1
+    ]
+
+
+def _plateau(scheduler: Any, state: Any, problems: list[str]) -> Callable[[], None]:
+    """How a ReduceLROnPlateau is put where an Optax state is."""
+    found = _nodes(state, PlateauState)
+    if not found:
+        problems.append("it follows no ReduceLROnPlateau, so that the scheduler cannot go on from it")
+    elif found[0].lr.shape != (len(scheduler.optimizer.param_groups),):
+        problems.append(
+            f"it holds {found[0].lr.size} learning rates for {len(scheduler.optimizer.param_groups)} groups"
+        )
+    return lambda: load_state(scheduler, found[0])
+
+
+def _stepped(scheduler: Any, taken: int | None, every: int, problems: list[str]) -> Callable[[], None]:
+    """How a scheduler is stepped on to where an Optax state is."""
+    if not is_torch(scheduler):
+        return lambda: None
+    if taken is None:
+        problems.append("it counts no steps, so that the scheduler's position is not known: pass steps=")
+    elif (late := past(scheduler, taken // every)) is not None:
+        problems.append(late)
+    return lambda: step_on(scheduler, (taken or 0) // every)
+
+
+def _whole(torch: Torch, state: Any, layout: Layout, problems: list[str]) -> Callable[[], None]:
+    """How LBFGS is given its state."""
     from equivalence.optimizers.lbfgs_slots import HISTORIES, VECTORS, moved, slots_of_state, write
 
-    nodes = _nodes(state, TranslatedState)
-    if not nodes or not type(nodes[0].whole).__name__.startswith("Torch"):
-        raise InputError("LBFGS goes on from the state of to_optax(LBFGS): Optax's own keeps other things")
-    slots = moved(slots_of_state(nodes[0].whole), layout.backward)
-    still = {name: tuple(p.shape) for name, p in torch.params.items() if not p.requires_grad}
+    found = [node.whole for node in _nodes(state, TranslatedState) if node.whole != ()]
+    if not found:
+        problems.append("LBFGS goes on from the state of to_optax(LBFGS): Optax's own keeps other things")
+        return lambda: None
+    slots = moved(slots_of_state(found[0]), layout.backward)
     for slot in {*VECTORS, *HISTORIES} & set(slots):
         # a frozen parameter has its place in torch's vectors, and nothing in it
         length = () if slot in VECTORS else (len(slots["ro"]),)
-        slots[slot] = {name: np.zeros((*length, *shape)) for name, shape in still.items()} | slots[slot]
-    write(torch.optimizer, tuple(torch.params), slots)
+        still = {name: np.zeros((*length, *p.shape)) for name, p in torch.params.items() if not p.requires_grad}
+        slots[slot] = still | slots[slot]
+    problems += _lost(slots, {name: kind_of(parameter) for name, parameter in torch.params.items()})
+    return lambda: write(torch.optimizer, tuple(torch.params), slots)
 
 
-def _made(
-    torch: Torch, state: Any, held: list[Entry], flat: Mapping[str, Any], layout: Layout, steps: int | None
-) -> dict[str, dict[str, Any]]:
-    """Torch's state of every parameter. Raises InputError with all that does not fit."""
-    as_values = frozenset(slot.field for _, slot in torch.fields.values() if slot.kind == "value")
-    found = slots_in_reference(state, layout, shapes_of(flat), as_values)
-    problems = _unfit(torch, held, layout)
+def _lost(slots: Mapping[str, Any], kinds: Mapping[str, Any]) -> list[str]:
+    """LBFGS's vectors that other dtypes cannot hold."""
+    return [
+        f"{leaf}: {slot} is {array.dtype}, which {kinds[leaf]} cannot hold"
+        for slot, leaves in slots.items()
+        if isinstance(leaves, dict)
+        for leaf, array in leaves.items()
+        if leaf in kinds and not holds(kinds[leaf], array)
+    ]
+
+
+def _leafwise(
+    torch: Torch, found: Mapping[str, Flat], layout: Layout, steps: int | None, problems: list[str]
+) -> Callable[[], None]:
+    """How every parameter is given its state."""
     made: dict[str, dict[str, Any]] = {}
     for name in moving(torch, layout):
-        values = {}
-        for slot, how in torch.slots[name].items():
-            leaves, value = found.get(how.field, {}), None
-            if how.kind == "count":
-                value = leaves.get(name, leaves.get("", None if steps is None else np.asarray(steps)))
-            elif how.kind != "begun":
-                value = leaves.get(name)
-            elif (how.field in found) and name in leaves:
-                value = leaves[name]
-            else:
-                # Optax's own momentum has no counter, and torch's first step no momentum: zeros are the same
-                moments = [found.get(other.field, {}).get(name, 0) for other in torch.slots[name].values()]
-                value = np.asarray(int(any(np.any(moment) for moment in moments)))
-            if value is None and how.kind == "count":
-                problems.append(f"{name}: the state counts no steps, and torch does: pass steps=")
-            elif value is None:
-                problems.append(f"{name}: the state holds no {how.field}, which torch keeps as {slot}")
-            elif how.kind in ("moment", "value") and tuple(value.shape) != tuple(torch.params[name].shape):
-                there = f"{tuple(value.shape)} here, {tuple(torch.params[name].shape)} in torch"
-                problems.append(f"{name}: {slot} has the shape {there}")
-            else:
-                values[slot] = value
-        if len(values) == len(torch.slots[name]):
-            try:
-                made[name] = torch.made(name, values)
-            except InputError as error:
-                problems.append(str(error))
-    if problems:
-        raise InputError(f"the state does not fit torch's {torch.kind}: {'; '.join(problems)}")
-    return made
+        values = {slot: _slot(found, torch, name, how, steps) for slot, how in torch.slots[name].items()}
+        lacking = [slot for slot, value in values.items() if value is None]
+        for slot in lacking:
+            how = torch.slots[name][slot]
+            told = "pass steps=" if how.kind == "count" else f"it would stand in {how.field}"
+            problems.append(f"{name}: the state has no {slot}: {told}")
+        if not lacking:
+            made[name], unfit = torch.made(name, values)
+            problems += unfit
+
+    def put() -> None:
+        for name, values in made.items():
+            torch.put(name, values)
+
+    return put
+
+
+def _slot(found: Mapping[str, Flat], torch: Torch, name: str, how: Slot, steps: int | None) -> Any:
+    """One slot of one parameter in an Optax state, None where it is not there."""
+    leaves = found.get(how.field, {})
+    if how.kind == "count":
+        return leaves.get(name, leaves.get("", None if steps is None else np.asarray(steps)))
+    if how.kind == "begun" and name not in leaves:
+        # Optax's own momentum has no counter; zeros are what torch's first step makes of no momentum
+        moments = [found.get(other.field, {}).get(name, 0) for other in torch.slots[name].values()]
+        return np.asarray(any(np.any(moment) for moment in moments))
+    return leaves.get(name)

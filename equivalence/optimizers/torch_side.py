@@ -77,29 +77,40 @@ class Torch:
             if not self.rule.whole and slot not in self.slots[name]
         )
 
-    def made(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """One parameter's state of arrays, in torch's own dtypes; {} where torch would have none yet.
-
-        Raises InputError where a dtype cannot hold an array.
-        """
+    def made(self, name: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """One parameter's state of arrays, in torch's own dtypes, {} where torch would have none yet; and what those
+        dtypes cannot hold."""
         parameter, group, slots = self.params[name], self.groups[name], self.slots[name]
         begun = [values[slot] > 0 for slot, how in slots.items() if how.kind in ("count", "begun")]
         if not any(begun) and not self.rule.eager:
-            return {}
+            return {}, []
         state: dict[str, Any] = {}
+        problems: list[str] = []
+        # torch keeps numbers beside the parameter where it compiles or fuses the step
+        beside = group.get("capturable") or group.get("fused") or self.kind == "ASGD"
         for slot, how in slots.items():
+            array = np.array(values[slot])
             if how.python:
-                state[slot] = int(values[slot])
+                state[slot] = int(array)
             elif how.kind in ("count", "scalar"):
-                # torch keeps scalars beside the parameter where it compiles or fuses the step
-                beside = group.get("capturable") or group.get("fused") or self.kind == "ASGD"
-                state[slot] = _scalar(values[slot], bool(group.get("fused"))).to(parameter.device if beside else "cpu")
+                number = _number(array, narrow=bool(group.get("fused")))
+                state[slot] = number.to(parameter.device) if beside else number
             elif how.kind != "begun":
-                array, kind = np.array(values[slot]), to_numpy(parameter[..., :0]).dtype
-                if not holds(kind, array):
-                    raise InputError(f"{name}: {slot} is {array.dtype}, which torch's {kind} cannot hold")
+                kind = kind_of(parameter)
+                if tuple(array.shape) != tuple(self.shape(name, slot)):
+                    problems.append(f"{name}: {slot} has the shape {array.shape}, in torch {self.shape(name, slot)}")
+                elif not holds(kind, array):
+                    problems.append(f"{name}: {slot} is {array.dtype}, which torch's {kind} cannot hold")
                 state[slot] = to_torch(array.astype(kind)).to(parameter.device)
-        return state
+        return state, problems
+
+    def shape(self, name: str, slot: str) -> tuple[int, ...]:
+        """The shape of an array of the state: the parameter's, or that of means over an axis of it."""
+        shape = list(self.params[name].shape)
+        axis = {"row_var": -1, "col_var": -2}.get(slot)
+        if axis is not None:
+            shape[axis] = 1
+        return tuple(shape)
 
     def put(self, name: str, state: Mapping[str, Any]) -> None:
         """Give one parameter its state."""
@@ -108,13 +119,18 @@ class Torch:
             self.optimizer.state[self.params[name]] = dict(state)
 
 
-def _scalar(value: Any, narrow: bool) -> Any:
+def _number(value: np.ndarray, narrow: bool) -> Any:
     """A number as torch holds those of its state: in float64 where that is the default or the number needs it."""
     import torch
 
     wide = torch.get_default_dtype() == torch.float64 and not narrow
-    exact = holds(np.float32, np.asarray(value, np.float64))
-    return torch.tensor(float(value), dtype=torch.float32 if exact and not wide else torch.float64)
+    exact = holds(np.float32, value.astype(np.float64))
+    return torch.tensor(value.item(), dtype=torch.float32 if exact and not wide else torch.float64)
+
+
+def kind_of(parameter: Any) -> Any:
+    """A tensor's dtype as NumPy's."""
+    return to_numpy(parameter.detach().new_empty(0)).dtype
 
 
 def holds(dtype: Any, array: np.ndarray) -> bool:
@@ -134,8 +150,8 @@ def to_numpy(value: Any) -> np.ndarray:
 
     plain = value.detach().cpu()
     if plain.dtype == torch.bfloat16:
-        return np.array(plain.view(torch.int16)).view(ml_dtypes.bfloat16)
-    return np.array(plain)
+        return plain.view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
+    return plain.numpy().copy()
 
 
 def to_torch(array: np.ndarray) -> Any:
@@ -164,23 +180,25 @@ def fields_of(optimizer: Any) -> dict[str, str]:
     return found
 
 
-def assert_not_past(scheduler: Any, position: int) -> None:
-    """Raise InputError where a scheduler is past a position."""
-    from equivalence.optimizers.schedules import position as position_of
+def past(scheduler: Any, steps: int) -> str | None:
+    """That a scheduler has taken more steps than these, where it has."""
+    from equivalence.optimizers.schedules import position
 
-    if position_of(scheduler) > position:
-        raise InputError(
-            f"the scheduler has taken {position_of(scheduler)} steps and the state {position}: make a new scheduler"
-        )
+    taken = position(scheduler)
+    return (
+        f"the scheduler has taken {taken} steps and the state {steps}: make a new scheduler" if taken > steps else None
+    )
 
 
-def step_on(scheduler: Any, position: int) -> None:
-    """Step a scheduler to a position, and with it its optimizer's rates. Raises InputError where it is past that."""
-    from equivalence.optimizers.schedules import position as position_of
+def step_on(scheduler: Any, steps: int) -> None:
+    """Step a scheduler until it has taken so many steps, and with it its optimizer's rates. Raises InputError where it
+    has taken more."""
+    from equivalence.optimizers.schedules import position
 
-    assert_not_past(scheduler, position)
+    if late := past(scheduler, steps):
+        raise InputError(late)
     with warnings.catch_warnings():
         # torch warns when a scheduler steps before its optimizer has: the steps were taken elsewhere
         warnings.simplefilter("ignore", UserWarning)
-        for _ in range(position - position_of(scheduler)):
+        for _ in range(steps - position(scheduler)):
             scheduler.step()

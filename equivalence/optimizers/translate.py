@@ -165,7 +165,8 @@ def translation(
     moving, plateau = _scheduled(optimizer, scheduler)
     options = [_options(rule, optimizer, number) for number in range(len(held))]
     groups = tuple(Group(*of_group) for of_group in zip(options, held, moving, strict=True))
-    place = partial(_place, names, mapping, None if None in held else frozenset[str]().union(*held))
+    held_names = frozenset(name for of_group in held for name in of_group or ())
+    place = partial(_place, names, mapping, held_names)
     return Translation(rule, groups, names.frozen if names else frozenset(), place, every, plateau)
 
 

@@ -75,9 +75,9 @@ def test_harness_without_a_fault_is_equivalent(control: Fault, monkeypatch: pyte
 
 def test_the_table_is_whole() -> None:
     """Every check that the Titanic network can be told by has faults, in both ports; names are not reused."""
-    from tests.faults import test_pair_faults
+    from tests.faults import test_handover_faults, test_pair_faults
 
-    caught = {fault.check for fault in FAULTS} | test_pair_faults.CAUGHT
+    caught = {fault.check for fault in FAULTS} | test_pair_faults.CAUGHT | test_handover_faults.CAUGHT
     assert caught == set(CHECKS)
     assert len(FAULTS) >= 36
     assert {fault.port for fault in FAULTS} == {"nnx", "linen"}
