@@ -44,10 +44,11 @@ def verify(
         inputs: a tuple or dict of example arrays, or a Hypothesis strategy of them. A dict is passed by keyword on both
             sides. The first example is the user's own weights and inputs, exactly.
         targets: arrays handed to the loss after the outputs.
-        loss: (reference loss, port loss), each `callable(outputs, *targets)`, or the name of a built-in pair; None: a
-            random cotangent.
+        loss: (reference loss, port loss), each `callable(outputs, *targets)`, the name of a built-in pair, or a torch
+            loss module alone (translated, and the report says so); None: a random cotangent.
         optimizer: (torch factory, Optax transformation), a torch factory alone (translated, and the report says so), a
-            name, or None for Adam. A torch factory is a callable from parameters to an optimizer.
+            name, or None for Adam. A torch factory is a callable from parameters to an optimizer, or to an optimizer
+            and its scheduler, which is stepped after every step.
         train_step: (reference step, port step), the user's own. torch and nnx: `(model, optimizer, *inputs, *targets)
             -> loss`; linen: `(state, *inputs, *targets) -> (state, loss)`.
         weights: a `Mapping`; None infers one from names and layer types.
@@ -65,7 +66,10 @@ def verify(
         raise unknown("port_weights", str(port_weights), ("copy", "keep"))
     if train_step is not None and not (isinstance(train_step, tuple) and len(train_step) == 2):
         raise InputError("train_step= takes (reference_step, port_step)")
-    parts = Parts(losses.resolve(loss), train_step, resolve(optimizer), _selector(outputs))
+    alone = loss is not None and not isinstance(loss, (str, tuple))
+    made = losses.resolve(loss)
+    translated = type(loss).__name__ if alone else None
+    parts = Parts(made, train_step, resolve(optimizer), _selector(outputs), translated)
     ours, theirs = adapt(reference), adapt(port)
     bound, comparison = compared(ours, theirs, weights, parts, seed)
     if train_step is not None and theirs.own_step is None:

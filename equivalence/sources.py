@@ -46,6 +46,14 @@ class Parts:
     steps: tuple[Callable[..., Any], Callable[..., Any]] | None
     optimizer: OptimizerPair
     select: Callable[[Any], Any] = lambda outputs: outputs
+    translated: str | None = None
+    """The loss of the reference that was translated for the port, by its class."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the port's side is this project's and not the user's."""
+        loss = f"{self.translated} was translated to JAX by this project; it is not your own loss that was checked"
+        return [note for note in (self.optimizer.note, loss if self.translated else None) if note]
 
 
 def compared(
@@ -265,8 +273,8 @@ class PairSource:
         return self.examples
 
     def notes(self, port: str) -> list[str]:
-        """That an optimizer was translated, if it was."""
-        return [self.parts.optimizer.note] if self.parts.optimizer.note else []
+        """That an optimizer or a loss was translated, if it was."""
+        return self.parts.notes
 
     def _drawn(self, count: int, seed: int) -> list[Batch]:
         """The user's own inputs, or what their strategy gives."""

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR
@@ -142,7 +142,7 @@ def test_schedulers_of_schedulers(name: str) -> None:
     strategy, examples = TREES[name]
 
     @given(make=strategy, kind=kinds, at=positions)
-    @settings(max_examples=examples)
+    @settings(max_examples=examples, phases=[Phase.explicit, Phase.generate])
     def agree(make: Make, kind: str, at: int) -> None:
         assert_agree(torch_side(make, kind), jax_side(make, kind, at=at), ONE)
 

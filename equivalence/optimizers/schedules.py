@@ -110,7 +110,7 @@ class _Group:
 
     def __init__(self, leaves: Sequence[Any], runs: Sequence[Run], index: int) -> None:
         self.held = leaves[0].optimizer.param_groups[index]
-        self.initial = jnp.float64(number(self.held["initial_lr"]))
+        self.initial = number(self.held["initial_lr"])
         self.forms = {run: form_of(run.scheduler, index, run.entry, run.ahead) for run in runs}
         self.begins = sorted({run.begin for run in runs})
         self.active = [[run for run in runs if run.begin <= begin < run.end] for begin in self.begins]
@@ -134,40 +134,50 @@ class _Group:
 
     def before(self, stretch: int) -> Rate:
         """The rate before the first step of a stretch."""
-        return self.rate(stretch - 1)(jnp.int64(self.begins[stretch] - 1)) if stretch else self.initial
+        return self.rate(stretch - 1)(jnp.int64(self.begins[stretch] - 1)) if stretch else jnp.float64(self.initial)
 
     def rate(self, stretch: int) -> Callable[[Any], Rate]:
         """The rate as a function of the count, right on one stretch."""
         begin, active = self.begins[stretch], self.active[stretch]
         forms = [self.forms[run] for run in active]
-        if len(active) == 1 and (forms[0].absolute or (active[0].begin == begin and active[0].entry != "stepped")):
-            return lambda n: self.entered(active[0], n - active[0].begin, stretch, forms[0].base)
+        if len(active) == 1 and self.closed(active[0], begin):
+            return lambda n: self.alone(active[0], n - active[0].begin, partial(self.before, stretch))
         if all(form.scales and run.entry == "built" and not run.reset for form, run in zip(forms, active, strict=True)):
             return partial(self.product, active, min(form.until for form in forms))
 
         def through(n: Any) -> Rate:
             rate = self.before(stretch)
             for run in active:
+                rate = jnp.float64(self.initial if run.reset else rate)
                 if run.begin < begin or run.entry == "stepped":
                     rate = self.forms[run].step(jnp.int64(begin - run.begin), rate)
+                elif run.entry == "built":
+                    rate = self.forms[run].run(jnp.int64(0), rate)
                 else:
-                    rate = self.entered(run, jnp.int64(0), stretch, self.initial if run.reset else rate)
+                    rate = self.alone(run, jnp.int64(0), partial(jnp.asarray, rate))
             return self.recursion(active, jnp.int64(begin), n, rate)
 
         return through
 
-    def entered(self, run: Run, n: Any, stretch: int, rate: Rate) -> Rate:
-        """The rate n steps after a scheduler was built, at `rate`, or restarted."""
+    def closed(self, run: Run, begin: int) -> bool:
+        """Whether the only scheduler that is stepped on a stretch gives its rate without a recursion."""
         form = self.forms[run]
-        if run.entry != "restarted":
-            return form.run(n, jnp.float64(rate))
-        if form.restarted is None:
-            return form.run(n, jnp.float64(form.base))
-        return form.restarted(n, self.before(stretch))
+        if form.absolute:
+            return True
+        # A scheduler made later may have changed initial_lr, to which SequentialLR then resets the rate.
+        usual = run.entry == "restarted" or (run.entry == "built" and (not run.reset or self.initial == form.base))
+        return run.begin == begin and usual
+
+    def alone(self, run: Run, n: Any, rate: Callable[[], Rate]) -> Rate:
+        """The rate n steps after a scheduler was built, or restarted at `rate`, in closed form."""
+        form = self.forms[run]
+        if run.entry == "restarted" and form.restarted is not None:
+            return form.restarted(n, rate())
+        return form.run(n, jnp.float64(form.base))
 
     def product(self, active: Sequence[Run], until: int, n: Any) -> Rate:
         """Schedulers that multiply commute: the product of what each does alone, while each does no more than that."""
-        rate: Rate = self.initial
+        rate: Rate = jnp.float64(self.initial)
         for run in active:
             rate = self.forms[run].run(jnp.minimum(n, until), rate)
         return self.recursion(active, jnp.minimum(n, until), n, rate)
