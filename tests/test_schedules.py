@@ -93,11 +93,13 @@ SIMPLE = MULTIPLYING | ANNEALING
 
 
 @pytest.mark.parametrize("name", SIMPLE)
-@given(data=st.data())
-@settings(max_examples=12)
-def test_simple_schedulers(name: str, data: st.DataObject) -> None:
-    make, kind, at = data.draw(SIMPLE[name]), data.draw(kinds), data.draw(positions)
-    assert_agree(torch_side(make, kind), jax_side(make, kind, at=at), RATES)
+def test_simple_schedulers(name: str) -> None:
+    @given(make=SIMPLE[name], kind=kinds, at=positions)
+    @settings(max_examples={"MultiplicativeLR": 2, "LambdaLR": 6}.get(name, 10))  # its loops are compiled
+    def agree(make: Make, kind: str, at: int) -> None:
+        assert_agree(torch_side(make, kind), jax_side(make, kind, at=at), RATES)
+
+    agree()
 
 
 ONE = {"rates": RATES["rates"][:1]}
@@ -128,12 +130,12 @@ def sequences(first: st.SearchStrategy[Make]) -> st.SearchStrategy[Make]:
 simple = st.one_of(*SIMPLE.values())
 chains = st.lists(simple, min_size=2, max_size=3).map(chained)
 TREES = {
-    "multiplying chains": (st.lists(st.one_of(*MULTIPLYING.values()), min_size=2, max_size=4).map(chained), 4),
-    "chains": (chains, 4),
-    "sequences": (sequences(simple), 8),
+    "multiplying chains": (st.lists(st.one_of(*MULTIPLYING.values()), min_size=2, max_size=4).map(chained), 3),
+    "chains": (chains, 3),
+    "sequences": (sequences(simple), 5),
     "sequences of chains": (sequences(chains), 3),
     "sequences of sequences": (sequences(sequences(simple)), 4),
-    "chains of sequences": (st.tuples(simple, sequences(simple)).map(list).map(chained), 3),
+    "chains of sequences": (st.tuples(simple, sequences(simple)).map(list).map(chained), 2),
 }
 
 
@@ -142,7 +144,7 @@ def test_schedulers_of_schedulers(name: str) -> None:
     strategy, examples = TREES[name]
 
     @given(make=strategy, kind=kinds, at=positions)
-    @settings(max_examples=examples, phases=[Phase.explicit, Phase.generate])
+    @settings(max_examples=examples, phases=[Phase.generate])  # each shrinking step would compile loops
     def agree(make: Make, kind: str, at: int) -> None:
         assert_agree(torch_side(make, kind), jax_side(make, kind, at=at), ONE)
 
@@ -182,6 +184,7 @@ SPECIAL: dict[str, Make] = {
             lambda o: lrs.LinearLR(o),
         ]
     ),
+    "a cycle built second": chained([lambda o: lrs.StepLR(o, 5), lambda o: lrs.CyclicLR(o, 0.01, 0.4, 5)]),
     "a cosine of period 1": lambda o: lrs.CosineAnnealingLR(o, 1, 0.01),
     "a cosine of half a step": lambda o: lrs.CosineAnnealingLR(o, 6.5, 0.01),
     "steps of half a step": lambda o: lrs.StepLR(o, 2.5, 0.5),

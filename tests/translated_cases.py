@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+from equivalence.weights import Rule, offset
 from tests.translated_sides import PORT, RULES, SHAPES, Case
 
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -54,3 +57,34 @@ def case_of(name: str) -> Case:
 
 
 CASES = {name: case_of(name) for name in OPTIONS}
+
+NET = {"h.0.w": (2, 3), "h.1.w": (2, 3), "q": (2, 5), "k": (2, 5), "v": (2, 5), "proj": (6, 4)}
+NET |= {"emb": (5, 2), "norm": (3,), "ice": (2,)}
+NET_PORT = {"h.kernel": (2, 3, 2), "qkv": (5, 6), "emb.embedding": (5, 2), "norm.scale": (3,), "ice": (2,)}
+NET_PORT |= {f"attn.{part}.kernel": (4, 2) for part in ("query", "key", "value")}
+NET_RULES = (
+    Rule("h.{i}.w", "h.kernel", "i o k -> i k o"),
+    Rule("{s}", "qkv", "s o k -> k (s o)", s=("q", "k", "v")),
+    Rule("proj", "attn.{s}.kernel", "(s o) k -> s k o", s=("query", "key", "value")),
+    Rule("head", "emb.embedding"),
+    Rule("norm", "norm.scale", change=offset(-1.0)),
+    Rule("ice", "ice"),
+)
+"""Leaves stacked, fused, split, tied, stored as 1 + w, frozen."""
+
+
+def net(name: str, first: tuple[str, ...], options: Mapping[str, Any] = MappingProxyType({})) -> Case:
+    """The class on that model, with these parameters in the first group and the others in the second."""
+    everywhere, *of_groups = OPTIONS[name]
+    second = tuple(leaf for leaf in NET if leaf not in first)
+    groups = ((first, {**of_groups[0], **options}), (second, of_groups[1]))
+    return Case(name, everywhere, groups, NET, NET_PORT, NET_RULES, ("ice",), {"head": "emb"})
+
+
+NETS = {
+    "leaves of the port": net("NAdam", ("h.0.w", "h.1.w", "q", "k", "v")),
+    "groups inside a leaf": net("AdamW", ("h.0.w", "q", "emb", "ice")),
+    "order of axes": net("Adafactor", ("h.0.w", "k", "proj")),
+}
+"""In whose layout the rules run: the port's where they can, torch's where a leaf's parts are in different groups, and
+where the rule looks at rows and columns."""

@@ -63,6 +63,7 @@ class Case:
     port: Shapes = field(default_factory=lambda: PORT)
     rules: tuple[Rule, ...] = RULES
     frozen: tuple[str, ...] = ()
+    ties: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def mapping(self) -> Rules:
@@ -70,18 +71,24 @@ class Case:
 
     @functools.cached_property
     def layout(self) -> Layout:
-        return Layout(self.mapping.bind(Leaves(dict(self.shapes)), Leaves(dict(self.port))))
+        return Layout(self.mapping.bind(Leaves(dict(self.shapes), dict(self.ties)), Leaves(dict(self.port))))
 
     def model(self, params: Arrays) -> torch.nn.Module:
         made = torch.nn.Module()
-        for name, value in params.items():
+
+        def put(name: str, parameter: torch.nn.Parameter) -> None:
             *inner, last = name.split(".")
             at = made
             for step in inner:
                 if not hasattr(at, step):
                     at.add_module(step, torch.nn.Module())
                 at = getattr(at, step)
-            at.register_parameter(last, torch.nn.Parameter(torch.tensor(value), name not in self.frozen))
+            at.register_parameter(last, parameter)
+
+        for name, value in params.items():
+            put(name, torch.nn.Parameter(torch.tensor(value), name not in self.frozen))
+        for alias, name in self.ties.items():
+            put(alias, made.get_parameter(name))
         return made
 
     def optimizer(self, model: torch.nn.Module) -> Any:
@@ -102,6 +109,9 @@ def draw(case: Case, seed: int, missing: float = 0.2) -> dict[str, np.ndarray]:
         found[f"gradients.{name}"] = np.round(rng.normal(size=(STEPS, *shape)) * 8 + 0.5) / 8 - 1 / 16
         rows = shape[:1] if case.name == "SparseAdam" else ()
         found[f"received.{name}"] = rng.random((STEPS, *rows)) >= (0.5 if rows else missing)
+    for names, _ in case.layout.moves:
+        # what the port holds in one leaf has its gradients together
+        found |= {f"received.{name}": found[f"received.{names[0]}"] for name in names}
     return found
 
 
@@ -162,14 +172,18 @@ class Port:
         }
         self.program = jax.jit(self._run)
 
-    def _run(self, params: Any, state: Any, gradients: Any, received: Any) -> Any:
+    def _run(self, params: Any, state: Any, gradients: Any, received: Any, active: Any) -> Any:
         def step(carry: Any, now: Any) -> Any:
-            params, state = carry
-            changes, after = self.transform.update(now[0], state, params, received=now[1])
-            carry = jax.tree.map(jnp.add, params, changes), after
-            return carry, (carry[0], self._slots(after))
+            gradient, mask, on = now
 
-        return jax.lax.scan(step, (params, state), (gradients, received))
+            def taken(params: Any, state: Any) -> Any:
+                changes, after = self.transform.update(gradient, state, params, received=mask)
+                return jax.tree.map(jnp.add, params, changes), after
+
+            carry = jax.lax.cond(on, taken, lambda *carry: carry, *carry)
+            return carry, (carry[0], self._slots(carry[1]))
+
+        return jax.lax.scan(step, (params, state), (gradients, received, active))
 
     def _slots(self, state: Any) -> Any:
         values = frozenset(("ax",))
@@ -187,7 +201,7 @@ class Port:
         moved = [self.case.layout.forward({n: g[i] for n, g in gradients.items()}) for i in range(STEPS)]
         stacked = unflatten({leaf: np.stack([of_step[leaf] for of_step in moved]) for leaf in moved[0]})
         carry, (seen, slots) = self.program(*carry, stacked, self._received(received), active)
-        params, slots = jax.tree.map(np.asarray, (by_path(seen[0]), slots))
+        params, slots = jax.tree.map(np.asarray, (by_path(seen), slots))
         found: dict[int, dict[str, np.ndarray]] = {}
         for number in range(first, last):
             back = self.case.layout.backward({leaf: rows[number] for leaf, rows in params.items()}, gradient=False)
@@ -198,7 +212,6 @@ class Port:
 
     def _received(self, received: Arrays) -> Any:
         if self.case.name != "SparseAdam":
-            # several torch parameters in one leaf have their gradients together
             return unflatten({leaf: received[self.case.layout.sources(leaf)[0]] for leaf in self.case.port})
         shapes = self.case.shapes
         whole = {

@@ -259,7 +259,15 @@ def _cyclic(s: Any, group: int, base: float) -> Form:
         low, high = number(s.base_momentums[group]), number(s.max_momentums[group])
         return high - (high - low) * height(n)
 
-    return _absolute(base, lambda n: base + (top - base) * height(n), momentum if s.cycle_momentum else None)
+    def value(n: Any) -> Rate:
+        return base + (top - base) * height(n)
+
+    # Its constructor takes its first step before it knows base_lr, and leaves the rate at the group's initial_lr.
+    first = number(s.optimizer.param_groups[group]["initial_lr"])
+    cycled = momentum if s.cycle_momentum else None
+    return Form(
+        base, lambda n, x: jnp.where(n == 0, first, value(n)), lambda n, x: value(n), absolute=True, momentum=cycled
+    )
 
 
 def swa(scheduler: Any, group: int, entry: str = "built", ahead: int = 0) -> Form:

@@ -149,7 +149,7 @@ class _Group:
             rate = self.before(stretch)
             for run in active:
                 rate = jnp.float64(self.initial if run.reset else rate)
-                if run.begin < begin or run.entry == "stepped":
+                if run.begin < begin or self.by_step(run):
                     rate = self.forms[run].step(jnp.int64(begin - run.begin), rate)
                 elif run.entry == "built":
                     rate = self.forms[run].run(jnp.int64(0), rate)
@@ -168,9 +168,15 @@ class _Group:
         usual = run.entry == "restarted" or (run.entry == "built" and (not run.reset or self.initial == form.base))
         return run.begin == begin and usual
 
+    def by_step(self, run: Run) -> bool:
+        """Whether what sets its first rate is a step, not its constructor."""
+        return run.entry == "stepped" or (self.forms[run].absolute and (run.reset or run.entry == "restarted"))
+
     def alone(self, run: Run, n: Any, rate: Callable[[], Rate]) -> Rate:
         """The rate n steps after a scheduler was built, or restarted at `rate`, in closed form."""
         form = self.forms[run]
+        if form.absolute and self.by_step(run):
+            return form.step(n, jnp.float64(form.base))
         if run.entry == "restarted" and form.restarted is not None:
             return form.restarted(n, rate())
         return form.run(n, jnp.float64(form.base))

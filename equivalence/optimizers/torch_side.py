@@ -167,12 +167,18 @@ COMMON = {"exp_avg": "mu", "exp_avg_sq": "nu", "momentum_buffer": "trace", "step
 """Where Optax keeps what torch optimizers of other people's are likely to keep."""
 
 
+LBFGS = {"d": "d", "prev_flat_grad": "prev_grad", "n_iter": "n_iter", "func_evals": "func_evals"}
+"""What is compared of an LBFGS: its history shows in its next direction."""
+
+
 def fields_of(optimizer: Any) -> dict[str, str]:
     """Where Optax keeps each piece of an optimizer's state: torch's name -> field."""
     try:
         rule = rule_of(optimizer)
     except InputError:
         return COMMON
+    if rule.whole:
+        return LBFGS
     found: dict[str, str] = {}
     for group in optimizer.param_groups:
         slots = rule.slots({name: value for name, value in group.items() if name != "params"})

@@ -142,7 +142,7 @@ def _lifted(inner: Any) -> optax.GradientTransformationExtraArgs:
 
         state = jax.tree_util.tree_map(wide, inner.init(params))
         zeros = jax.tree_util.tree_map(jnp.zeros_like, params)
-        extra = {"value": 0.0, "grad": zeros, "value_fn": lambda _: 0.0}
+        extra = {"value": 0.0, "grad": zeros, "value_fn": optax.tree.sum}
         after = jax.eval_shape(lambda held: inner.update(zeros, held, params, **extra)[1], state)
         return jax.tree_util.tree_map(settled, state, after)
 

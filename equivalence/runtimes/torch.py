@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from equivalence.errors import InputError, UnsupportedDraw
 from equivalence.frameworks.subject import Subject, call
 from equivalence.observation import Batch, Observation, Seen, cotangent
 from equivalence.optimizers import OptimizerPair
@@ -179,6 +180,11 @@ class TorchStepper:
         self.jitter: Callable[[dict[str, torch.Tensor]], dict[str, np.ndarray]] | None = None
         self._mode: TapeMode | None = None
         self.takes_closure = isinstance(self.optimizer, torch.optim.LBFGS)
+        if self.takes_closure and self.buffers:
+            raise InputError(
+                f"LBFGS evaluates the model several times a step, and each time moves {next(iter(self.buffers))}:"
+                " a port's step has no such buffers in its closure"
+            )
         if not self.takes_closure:
             self.optimizer.register_step_pre_hook(self._before_update)
 
@@ -217,6 +223,8 @@ class TorchStepper:
             if self._mode is not None:
                 self._mode.__exit__(None, None, None)
                 self._mode = None
+        if self.takes_closure and tape.draws:
+            raise UnsupportedDraw("LBFGS evaluates the model several times a step, each with draws of its own")
         self.count += 1
         return Seen({"loss": host(torch.as_tensor(loss))}, tuple(tape.draws), tuple(tape.values))
 
@@ -285,6 +293,14 @@ class TorchStepper:
     def optimizer_state(self) -> dict[str, dict[str, np.ndarray]]:
         """The optimizer's state: slot -> leaf -> array (`exp_avg`, `momentum_buffer`, `step`, ...)."""
         slots: dict[str, dict[str, np.ndarray]] = {}
+        if self.takes_closure:
+            from equivalence.optimizers.lbfgs_slots import read
+
+            named = self.named()
+            for slot, held in read(self.optimizer, tuple(named.params)).items():
+                if slot in self.fields() and held is not None:
+                    slots[slot] = held if isinstance(held, dict) else dict.fromkeys(named.params, np.asarray(held))
+            return slots
         for path, value in self.params.items():
             for slot, held in self.optimizer.state.get(value, {}).items():
                 if held is not None:

@@ -1,0 +1,133 @@
+"""The `handover` check as users meet it: with schedulers, Optax's own transformations, and states that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+jax = pytest.importorskip("jax")
+torch = pytest.importorskip("torch")
+pytest.importorskip("flax")
+
+import optax  # noqa: E402 - they need the frameworks
+
+import equivalence as eq  # noqa: E402
+from equivalence.errors import InputError  # noqa: E402
+from tests.pairings import (  # noqa: E402
+    NnxMLP,
+    NnxNorm,
+    TorchNorm,
+    linen_mlp,
+    nnx_step,
+    rows,
+    seeded,
+    torch_mlp,
+    torch_step,
+)
+
+X, Y = rows(0, 6, 5), rows(1, 6, 3)
+SCHEDULES = torch.optim.lr_scheduler
+
+
+def judged(optimizer: Any, port: Any = None, **options: Any) -> eq.Report:
+    given = {"targets": (Y,), "loss": "mse", "checks": ["step", "handover"], "examples": 2, **options}
+    return eq.verify(torch_mlp(), NnxMLP() if port is None else port, (X,), optimizer=optimizer, **given)
+
+
+def scheduled(optimizer: Callable[[Any], Any], scheduler: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def factory(params: Any) -> Any:
+        made = optimizer(params)
+        return made, scheduler(made)
+
+    return factory
+
+
+def adam(params: Any) -> Any:
+    return torch.optim.Adam(params, lr=0.1)
+
+
+def momentum(params: Any) -> Any:
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+def warm_up_then_cosine(optimizer: Any) -> Any:
+    first = SCHEDULES.LinearLR(optimizer, 0.5, total_iters=2)
+    return SCHEDULES.SequentialLR(optimizer, [first, SCHEDULES.CosineAnnealingLR(optimizer, 4)], [2])
+
+
+WITH_SCHEDULERS = {
+    "step": (adam, lambda o: SCHEDULES.StepLR(o, 2, 0.5)),
+    "one cycle": (adam, lambda o: SCHEDULES.OneCycleLR(o, 0.2, total_steps=9)),
+    "warm-up": (momentum, warm_up_then_cosine),
+    "cyclic momentum": (momentum, lambda o: SCHEDULES.CyclicLR(o, 0.01, 0.2, step_size_up=2)),
+}
+
+
+@pytest.mark.parametrize("name", WITH_SCHEDULERS)
+def test_a_factory_may_bring_its_scheduler(name: str) -> None:
+    report = judged(scheduled(*WITH_SCHEDULERS[name]))
+    report.assert_equivalent()
+    assert report.check("handover").examples == 2
+    assert any(caveat.kind == "translated" for caveat in report.reports[0].caveats)
+
+
+def test_another_schedule_is_a_divergence() -> None:
+    factory = scheduled(momentum, lambda o: SCHEDULES.ExponentialLR(o, 0.5))
+    judged((factory, optax.sgd(optax.exponential_decay(0.1, 1, 0.5), momentum=0.9))).assert_equivalent()
+    late = optax.sgd(lambda count: 0.1 * 0.5 ** (count + 1), momentum=0.9)
+    assert judged((factory, late)).verdict == "divergent"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "exact"),
+    [
+        (optax.linear_schedule(0.1, 0.01, 3), lambda count: 0.1 + (0.01 - 0.1) * min(count, 3) / 3),
+        (optax.exponential_decay(0.1, 1, 0.7), lambda count: 0.1 * 0.7**count),
+    ],
+    ids=["linear", "decay"],
+)
+def test_schedules_that_optax_computes_in_float32_are_lifted(schedule: Any, exact: Callable[[int], float]) -> None:
+    factory = scheduled(momentum, lambda o: SCHEDULES.LambdaLR(o, lambda epoch: exact(epoch) / 0.1))
+    judged((factory, optax.sgd(schedule, momentum=0.9))).assert_equivalent()
+
+
+def test_the_users_own_steps_hand_over_too() -> None:
+    judged("adam", train_step=(torch_step, nnx_step), loss=None).assert_equivalent()
+
+
+def test_linen_hands_over() -> None:
+    judged("rmsprop_centered", linen_mlp()).assert_equivalent()
+
+
+def test_a_state_without_counterpart_is_said_to_be_inconclusive() -> None:
+    odd = optax.chain(optax.trace(0.0), optax.adam(0.1))
+    check = judged((adam, odd)).check("handover")
+    assert check.verdict == "inconclusive"
+    assert "TraceState.trace of" in str(check.message)
+    assert "has no counterpart in torch's Adam" in str(check.message)
+
+
+def test_an_optimizer_with_a_closure_steps_and_hands_over() -> None:
+    lbfgs = judged(lambda params: torch.optim.LBFGS(params, lr=0.5, max_iter=3, history_size=4))
+    assert {check.name: check.verdict for check in lbfgs.reports[0].checks} == dict.fromkeys(
+        ("step", "handover"), "equivalent"
+    )
+
+
+def test_a_closure_has_no_draws_and_no_buffers() -> None:
+    def lbfgs(params: Any) -> Any:
+        return torch.optim.LBFGS(params)
+
+    drawn = eq.verify(torch_mlp(0.3), NnxMLP(0.3), (X,), optimizer=lbfgs, checks=["step"], examples=1)
+    assert drawn.check("step").verdict == "inconclusive"
+    assert "several times a step" in str(drawn.check("step").message)
+    with pytest.raises(InputError, match=r"moves bn.running_mean"):
+        eq.verify(seeded(TorchNorm), NnxNorm(), (X,), optimizer=lbfgs, checks=["step"], examples=1)
+
+
+def test_a_translated_loss_says_so() -> None:
+    report = judged("sgd", loss=torch.nn.HuberLoss(delta=0.5), checks=["loss"])
+    report.assert_equivalent()
+    assert any("HuberLoss was translated to JAX" in caveat.summary for caveat in report.reports[0].caveats)
