@@ -25,11 +25,12 @@ from _detection_report import BINS, save_plot, show, write_docs
 from _networks import FAULTS, RIGHT, Fault, Network, transformation
 
 from equivalence.checks import REGISTRY
-from equivalence.comparison import Comparison, Example
+from equivalence.comparison import Comparison
 from equivalence.frameworks import adapt
 from equivalence.judgement import Decision, Judge, imprecise
 from equivalence.numerics import AGREES, DIFFERS, IMPRECISE, expected, ratio
 from equivalence.optimizers import resolve
+from equivalence.runs import Example
 from equivalence.sources import BATCHES, EXAMPLES, Parts, compared
 
 OBSERVED = [name for name, check in REGISTRY.items() if check.run == "observe"]

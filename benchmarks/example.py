@@ -30,12 +30,12 @@ import torch.nn.functional as F
 from _setup import interleaved, line
 
 from equivalence.checks import REGISTRY
-from equivalence.comparison import Example
 from equivalence.events import PortFinished
 from equivalence.frameworks import adapt
 from equivalence.observation import Batch
 from equivalence.optimizers import resolve
 from equivalence.pipeline import run
+from equivalence.runs import Example
 from equivalence.runtimes.jax import JaxRunner
 from equivalence.runtimes.jax_steps import JaxStepper
 from equivalence.runtimes.torch import TorchRunner, TorchStepper

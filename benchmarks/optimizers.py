@@ -1,4 +1,4 @@
-"""A translated optimizer's compiled step against the nearest plain Optax optimizer's, on a tree of ten million parameters.
+"""A translated optimizer's compiled step against the nearest plain Optax optimizer's, on ten million parameters.
 
 Both move the same 37 leaves by the same gradients, parameters and state donated; they take turns. The nearest plain
 optimizer is the one a person would write in its stead, whether or not it takes torch's steps. The bound is 1.10.
@@ -89,8 +89,9 @@ def main() -> int:
     for name, (reference, plain) in PAIRS.items():
         if chosen.only not in (None, name):
             continue
-        model = torch.nn.ParameterDict({n.replace(".", "_"): torch.nn.Parameter(torch.zeros(s)) for n, s in SHAPES.items()})
-        mapping = eq.Mapping([eq.Rule(n.replace(".", "_"), n) for n in SHAPES])
+        names = {n: n.replace(".", "_") for n in SHAPES}
+        model = torch.nn.ParameterDict({names[n]: torch.nn.Parameter(torch.zeros(s)) for n, s in SHAPES.items()})
+        mapping = eq.Mapping([eq.Rule(names[n], n) for n in SHAPES])
         translated = eq.to_optax(reference(model.parameters()), model=model, mapping=mapping)
         runs = {"translated": stepping(translated, gradients), "plain": stepping(plain(), gradients)}
         seconds = interleaved(runs, chosen.repeats)

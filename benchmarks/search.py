@@ -19,11 +19,12 @@ import numpy as np
 from _setup import interleaved, line
 
 from equivalence.checks import REGISTRY
-from equivalence.comparison import Comparison, Example
+from equivalence.comparison import Comparison
 from equivalence.frameworks import adapt
 from equivalence.judgement import Judge
 from equivalence.observation import Batch
 from equivalence.optimizers import resolve
+from equivalence.runs import Example
 from equivalence.search import moved
 from equivalence.sources import BATCHES, Parts, compared
 from equivalence.spec import REFERENCE, Spec, load

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from equivalence.comparison import STEPS
 from equivalence.judgement import Decision, imprecise, typical_precision
 from equivalence.numerics import U32
 from equivalence.paths import natural, parent
+from equivalence.runs import STEPS
 from equivalence.verdict import (
     Caveat,
     CheckReport,

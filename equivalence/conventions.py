@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from equivalence.comparison import Example
 from equivalence.judgement import Decision, Judge
 from equivalence.numerics import DIFFERS, IMPRECISE, SHRINK, U32, U64, accumulation, distance
+from equivalence.runs import Example
 from equivalence.verdict import CheckReport
 from equivalence.work import Structure, Work
 

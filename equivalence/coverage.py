@@ -15,7 +15,8 @@ from equivalence.paths import parent
 from equivalence.verdict import Coverage
 
 if TYPE_CHECKING:
-    from equivalence.comparison import Comparison, Example
+    from equivalence.comparison import Comparison
+    from equivalence.runs import Example
 
 PLANT = 1e-6
 """The relative change of a leaf that is planted; the smallest noticed one follows from it linearly."""

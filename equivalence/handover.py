@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from equivalence.checks import REGISTRY
-from equivalence.comparison import STEPS, Comparison, Example, Four, Run, port_stepped, stepped
+from equivalence.comparison import Comparison
 from equivalence.judgement import Finding
 from equivalence.observation import Observation
+from equivalence.runs import STEPS, Example, Four, Run, port_stepped, stepped
 
 if TYPE_CHECKING:
     from equivalence.optimizers.trees import Layout

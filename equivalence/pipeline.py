@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from equivalence import coverage as seen
 from equivalence.checks import REGISTRY
-from equivalence.comparison import Comparison, Example
+from equivalence.comparison import Comparison
 from equivalence.conclusion import Conclusions, conclude
 from equivalence.conventions import at_a_tie, dtype_dependence
 from equivalence.errors import DrawsDiffer, EquivalenceError, InputError, UnsupportedDraw
@@ -23,6 +23,7 @@ from equivalence.events import CheckFinished, Event, Finished, PortFinished, Por
 from equivalence.handover import handed_over
 from equivalence.judgement import Decision, Judge, Noise
 from equivalence.plants import plant
+from equivalence.runs import Example
 from equivalence.spec import TrainingData
 from equivalence.structural import roundtrip, structure
 from equivalence.verdict import CheckReport, Coverage, Report

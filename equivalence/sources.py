@@ -11,12 +11,13 @@ import numpy as np
 from hypothesis import strategies as st
 
 from equivalence import search
-from equivalence.comparison import Comparison, Example
+from equivalence.comparison import Comparison
 from equivalence.errors import InputError
 from equivalence.frameworks import adapt
 from equivalence.frameworks.subject import Subject
 from equivalence.observation import Batch, Observation
 from equivalence.optimizers import OptimizerPair, resolve
+from equivalence.runs import Example
 from equivalence.search import Trial
 from equivalence.spec import REFERENCE, BatchPlan, Spec, TrainingData
 from equivalence.weights import Mapping, infer

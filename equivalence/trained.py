@@ -14,7 +14,8 @@ from equivalence.training import Recorded, TrainingFinding, judge, moved, notice
 from equivalence.verdict import CheckReport, Verdict
 
 if TYPE_CHECKING:
-    from equivalence.comparison import Comparison, Example
+    from equivalence.comparison import Comparison
+    from equivalence.runs import Example
 
 
 def train(

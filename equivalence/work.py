@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from equivalence.checks import REGISTRY
-from equivalence.comparison import Comparison, Example
+from equivalence.comparison import Comparison
 from equivalence.conclusion import Conclusions
 from equivalence.coverage import Covered
 from equivalence.frameworks.subject import Subject
 from equivalence.observation import Seen
+from equivalence.runs import Example
 from equivalence.weights import Bound
 
 

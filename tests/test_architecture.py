@@ -22,6 +22,8 @@ FLOORS: dict[str, int] = {
         (
             "comparison",
             "handover",
+            "noise",
+            "runs",
             "coverage",
             "recordings",
             "structural",

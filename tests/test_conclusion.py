@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from equivalence.comparison import STEPS
 from equivalence.conclusion import Conclusions, concluded
 from equivalence.judgement import Decision, Finding
 from equivalence.numerics import Measure
+from equivalence.runs import STEPS
 
 
 def decided(step: int) -> Decision:

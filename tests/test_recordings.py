@@ -14,11 +14,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("flax")
 
 from equivalence import losses, recordings, trained, training  # noqa: E402 - they need the frameworks
-from equivalence.comparison import Example  # noqa: E402
 from equivalence.conclusion import Conclusions  # noqa: E402
 from equivalence.frameworks import adapt  # noqa: E402
 from equivalence.observation import Batch, load, save  # noqa: E402
 from equivalence.optimizers import resolve  # noqa: E402
+from equivalence.runs import Example  # noqa: E402
 from equivalence.runtimes.torch import TorchRunner  # noqa: E402
 from equivalence.sources import Parts, compared  # noqa: E402
 from equivalence.spec import BatchPlan, TrainingData  # noqa: E402

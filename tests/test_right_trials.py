@@ -15,12 +15,13 @@ pytest.importorskip("torch")
 pytest.importorskip("flax")
 
 from equivalence import search
-from equivalence.comparison import Comparison, Example
+from equivalence.comparison import Comparison
 from equivalence.frameworks import adapt
 from equivalence.frameworks.subject import Subject
 from equivalence.judgement import Decision, Judge
 from equivalence.observation import Batch
 from equivalence.optimizers import resolve
+from equivalence.runs import Example
 from equivalence.sources import Parts, SpecSource, compared
 from equivalence.spec import load
 from tests import pairs

@@ -23,12 +23,13 @@ import equivalence as eq
 import impls.titanic_mlp.nnx as nnx_titanic
 from equivalence import losses
 from equivalence.api import verify_spec
-from equivalence.comparison import Comparison, Example
+from equivalence.comparison import Comparison
 from equivalence.coverage import planted as moved_leaf
 from equivalence.errors import DivergenceError
 from equivalence.judgement import Judge
 from equivalence.observation import Observation
 from equivalence.pipeline import Structure
+from equivalence.runs import Example
 from equivalence.runtimes.jax_steps import JaxStepper
 from equivalence.sources import SpecSource
 from equivalence.verdict import EXIT_STATUS

@@ -24,9 +24,8 @@ CAUGHT = {"handover"}
 
 
 def judged(optimizer: Any = "adam", seed: int = 0) -> eq.Report:
-    return eq.verify(
-        torch_mlp(), NnxMLP(), (X,), targets=(Y,), loss="mse", optimizer=optimizer, checks=["handover"], examples=2, seed=seed
-    )
+    given = {"targets": (Y,), "loss": "mse", "checks": ["handover"], "examples": 2, "seed": seed}
+    return eq.verify(torch_mlp(), NnxMLP(), (X,), optimizer=optimizer, **given)
 
 
 def on_state(change: Callable[[str, Any], Any]) -> Callable[[Any], None]:
