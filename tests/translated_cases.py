@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from equivalence.weights import Rule, offset
@@ -67,24 +65,24 @@ NET_RULES = (
     Rule("{s}", "qkv", "s o k -> k (s o)", s=("q", "k", "v")),
     Rule("proj", "attn.{s}.kernel", "(s o) k -> s k o", s=("query", "key", "value")),
     Rule("head", "emb.embedding"),
-    Rule("norm", "norm.scale", change=offset(-1.0)),
     Rule("ice", "ice"),
 )
-"""Leaves stacked, fused, split, tied, stored as 1 + w, frozen."""
+"""Leaves stacked, fused, split, tied, frozen; `net` adds one that is stored as 1 + w."""
 
 
-def net(name: str, first: tuple[str, ...], options: Mapping[str, Any] = MappingProxyType({})) -> Case:
+def net(name: str, first: tuple[str, ...], changed: bool = True) -> Case:
     """The class on that model, with these parameters in the first group and the others in the second."""
     everywhere, *of_groups = OPTIONS[name]
     second = tuple(leaf for leaf in NET if leaf not in first)
-    groups = ((first, {**of_groups[0], **options}), (second, of_groups[1]))
-    return Case(name, everywhere, groups, NET, NET_PORT, NET_RULES, ("ice",), {"head": "emb"})
+    rules = (*NET_RULES, Rule("norm", "norm.scale", change=offset(-1.0) if changed else None))
+    groups = ((first, of_groups[0]), (second, of_groups[1]))
+    return Case(name, everywhere, groups, NET, NET_PORT, rules, ("ice",), {"head": "emb"})
 
 
 NETS = {
-    "leaves of the port": net("NAdam", ("h.0.w", "h.1.w", "q", "k", "v")),
+    "leaves of the port": net("NAdam", ("h.0.w", "h.1.w", "q", "k", "v"), False),
     "groups inside a leaf": net("AdamW", ("h.0.w", "q", "emb", "ice")),
     "order of axes": net("Adafactor", ("h.0.w", "k", "proj")),
 }
-"""In whose layout the rules run: the port's where they can, torch's where a leaf's parts are in different groups, and
-where the rule looks at rows and columns."""
+"""In whose layout the rules run: the port's where they can; torch's where a leaf's parts are in different groups or hold
+other values than torch's, and where the rule looks at rows and columns."""

@@ -72,6 +72,12 @@ def _pair(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {"x": 2 * rng.standard_normal((5, 7)), "y": 2 * rng.standard_normal((5, 7))}
 
 
+def _meeting(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    drawn = _pair(rng)
+    drawn["y"][1, 2] = drawn["x"][1, 2]
+    return drawn
+
+
 def _classes(rng: np.random.Generator) -> dict[str, np.ndarray]:
     labels = rng.integers(0, 7, 5)
     labels[2] = -100
@@ -162,7 +168,7 @@ _PADDED = (
 # fmt: off
 LOSSES: tuple[Loss, ...] = (
     Loss("l1", "L1Loss", "F.l1_loss(x, y)", "jnp.abs(x - y).mean()", "losses.l1(x, y)",
-         "Where they meet the slope of jnp.abs is 1, torch's is 0: equal values, other gradients", _pair),
+         "Where they meet the slope of jnp.abs is 1, torch's is 0: equal values, other gradients", _meeting),
     Loss("mse", "MSELoss", "F.mse_loss(x, y)", "optax.l2_loss(x, y).mean()", "losses.mse(x, y)",
          "optax.l2_loss is half of it: optax.squared_error", _pair),
     Loss("cross_entropy", "CrossEntropyLoss", "F.cross_entropy(x, y, w, label_smoothing=0.1)",

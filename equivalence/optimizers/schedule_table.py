@@ -61,7 +61,7 @@ ROWS = (
     SchedulerRow(
         "torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)",
         "optax.exponential_decay(0.1, transition_steps=1, decay_rate=0.9)",
-        "none in float64; in float32 the power loses digits as the count grows",
+        "none in float64; under x64 Optax still divides in float32 where the count is an int32 array",
     ),
     SchedulerRow(
         "torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=50, power=0.9)",

@@ -72,9 +72,12 @@ class Plan:
         """The port's leaves as the rules see them."""
         return self.layout.backward(leaves, gradient) if self.own else leaves
 
-    def given(self, leaves: Flat, gradient: bool = True) -> Flat:
-        """What the rules made, as the port's leaves."""
-        return self.layout.forward(leaves, gradient) if self.own else leaves
+    def given(self, changes: Flat, params: Flat) -> Flat:
+        """The changes of parameters, both as the rules see them, as changes of the port's leaves."""
+        if not self.own:
+            return changes
+        result: Flat = jax.jvp(lambda leaves: self.layout.forward(leaves, gradient=False), (params,), (changes,))[1]
+        return result
 
     def gradients(self, updates: Any, received: Any) -> tuple[Flat, Flat]:
         """Gradients, and where `received` is given whether they were, both by leaf as the rules see them.
@@ -162,7 +165,9 @@ class Translation:
         mixed = [leaf for leaf, groups in found.items() if len(groups) > 1]
         if mixed and self.rule.whole:
             raise InputError(f"{self.rule.name}: {', '.join(mixed)} would move in part: hold the frozen part apart")
-        if self.rule.in_reference_layout or self.rule.needs_rows or mixed:
+        # a leaf that holds 1 + w is not what torch decays
+        changed = any(move.rule.change is not None for move in layout.bound.moves) and not self.rule.whole
+        if self.rule.in_reference_layout or self.rule.needs_rows or mixed or changed:
             names = {name: self._group(name) for leaf in shapes for name in layout.sources(leaf)}
             return Plan(layout, shapes, {name: group for name, group in names.items() if group is not None}, True)
         return Plan(layout, shapes, {leaf: g for leaf, groups in found.items() for g in groups if g is not None}, False)
@@ -227,7 +232,7 @@ class Translation:
         move = self._together if self.rule.whole else self._leafwise
         changes, leaves, reference, whole = move(plan, updates, state, params, received, value_fn)
         ported = by_path(params)
-        changes = {path: jnp.zeros_like(leaf) for path, leaf in ported.items()} | plan.given(changes)
+        changes = {path: jnp.zeros_like(leaf) for path, leaf in ported.items()} | changes
         count = state.count + 1 if self.moves else ()
         plateau = () if self.plateau is None else self.plateau.after(state.plateau, value, count, self.every)
         return like(params, changes), TranslatedState(count, leaves, reference, whole, plateau)
@@ -254,7 +259,7 @@ class Translation:
             if leaf in gradients:
                 given = gradients[leaf], before[leaf], flat[leaf]
                 changes[leaf], after[leaf] = self._one(rules[group], *given, masks.get(leaf))
-        return changes, {} if plan.own else after, after if plan.own else {}, ()
+        return plan.given(changes, flat), {} if plan.own else after, after if plan.own else {}, ()
 
     def _one(self, rule: Any, gradient: Any, state: Any, param: Any, received: Any) -> tuple[Any, Any]:
         """One leaf's step, or none where no gradient was received."""
