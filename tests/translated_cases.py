@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from equivalence.weights import Rule, offset
 from tests.translated_sides import PORT, RULES, SHAPES, Case
@@ -41,9 +44,9 @@ SUITED = {
 """The parameters of classes that torch itself does not let move every one, or to which axes matter."""
 
 
-def case_of(name: str) -> Case:
+def case_of(name: str, suited: tuple[str, ...] = (), **scheduled: Any) -> Case:
     """A class's case."""
-    held = {leaf: SHAPES[leaf] for leaf in SUITED.get(name, ALL)}
+    held = {leaf: SHAPES[leaf] for leaf in suited or SUITED.get(name, ALL)}
     rules = tuple(rule for rule in RULES if rule.source in held)
     port = {leaf: shape for leaf, shape in PORT.items() if leaf in {rule.target for rule in rules}}
     everywhere, *of_groups = OPTIONS[name]
@@ -51,7 +54,7 @@ def case_of(name: str) -> Case:
         (tuple(leaf for leaf in leaves if leaf in held), options)
         for leaves, options in zip(GROUPS, of_groups, strict=True)
     )
-    return Case(name, everywhere, groups, held, port, rules)
+    return Case(name, everywhere, groups, held, port, rules, **scheduled)
 
 
 CASES = {name: case_of(name) for name in OPTIONS}
@@ -86,3 +89,17 @@ NETS = {
 }
 """In whose layout the rules run: the port's where they can; torch's where a leaf's parts are in different groups or hold
 other values than torch's, and where the rule looks at rows and columns."""
+
+
+def _rates(kind: str, **options: Any) -> Callable[[Any], Any]:
+    return lambda optimizer: getattr(torch.optim.lr_scheduler, kind)(optimizer, **options)
+
+
+TWO = ("square", "bias")
+SCHEDULED = {
+    "every third step": case_of("AdamW", TWO, scheduler=_rates("StepLR", step_size=4, gamma=0.5), every=3),
+    "momentum too": case_of("SGD", TWO, scheduler=_rates("OneCycleLR", max_lr=[0.1, 0.02], total_steps=120)),
+    "a function": case_of("Adam", TWO, scheduler=lambda optimizer: lambda count: 0.1 / (1 + count)),
+    "a metric": case_of("RMSprop", TWO, scheduler=_rates("ReduceLROnPlateau", factor=0.5, patience=1), every=2),
+}
+"""What moves the rates."""

@@ -54,7 +54,8 @@ RULES = (
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A torch class, its options, and by group (names, options); and where its parameters lie in the port."""
+    """A torch class, its options, and by group (names, options); where its parameters lie in the port; what moves its
+    rates: a torch scheduler of the optimizer, stepped every so many steps, or a function of the step."""
 
     name: str
     options: Mapping[str, Any]
@@ -64,6 +65,8 @@ class Case:
     rules: tuple[Rule, ...] = RULES
     frozen: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
+    scheduler: Callable[[Any], Any] = lambda optimizer: None
+    every: int = 1
 
     @property
     def mapping(self) -> Rules:
@@ -102,7 +105,7 @@ class Case:
 
 
 def draw(case: Case, seed: int, missing: float = 0.2) -> dict[str, np.ndarray]:
-    """Parameters and a run of gradients of few bits, each missing at some steps."""
+    """Parameters and a run of gradients of few bits, each missing at some steps; a metric of each step."""
     rng = np.random.default_rng(seed)
     found = {f"params.{name}": rng.normal(size=shape) for name, shape in case.shapes.items()}
     for name, shape in case.shapes.items():
@@ -112,7 +115,7 @@ def draw(case: Case, seed: int, missing: float = 0.2) -> dict[str, np.ndarray]:
     for names, _ in case.layout.moves:
         # what the port holds in one leaf has its gradients together
         found |= {f"received.{name}": found[f"received.{names[0]}"] for name in names}
-    return found
+    return found | {"metric": np.round(rng.normal(size=STEPS) * 8) / 8}
 
 
 class TorchRun:
@@ -122,9 +125,13 @@ class TorchRun:
         self.case, self.arrays = case, arrays
         self.model = case.model(part(arrays, "params") if params is None else params)
         self.optimizer = case.optimizer(self.model)
+        self.scheduler = case.scheduler(self.optimizer)
         self.params = dict(self.model.named_parameters())
 
     def step(self, number: int) -> None:
+        if callable(self.scheduler):
+            for group in self.optimizer.param_groups:
+                group["lr"] = float(self.scheduler(number))
         for name, parameter in self.params.items():
             received = self.arrays[f"received.{name}"][number]
             gradient = torch.tensor(self.arrays[f"gradients.{name}"][number])
@@ -133,6 +140,9 @@ class TorchRun:
             else:
                 parameter.grad = gradient if received and name not in self.case.frozen else None
         self.optimizer.step()
+        if hasattr(self.scheduler, "step") and (number + 1) % self.case.every == 0:
+            plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            self.scheduler.step(*[float(self.arrays["metric"][number])] * plateau)
 
     def values(self) -> dict[str, np.ndarray]:
         return {name: to_numpy(parameter) for name, parameter in self.params.items()}
@@ -162,7 +172,8 @@ class Port:
         with torch_environment.environment(bits, threads=1), jax_runtime.environment(bits):
             self.model = case.model(zeros)
             self.optimizer = case.optimizer(self.model)
-            made = eq.to_optax(self.optimizer, model=self.model, mapping=case.mapping)
+            options = {"scheduler": case.scheduler(self.optimizer), "every": case.every}
+            made = eq.to_optax(self.optimizer, model=self.model, mapping=case.mapping, **options)
         self.transform = made if transform is None else transform
         self.fields = {
             slot: how.field
@@ -172,18 +183,18 @@ class Port:
         }
         self.program = jax.jit(self._run)
 
-    def _run(self, params: Any, state: Any, gradients: Any, received: Any, active: Any) -> Any:
+    def _run(self, params: Any, state: Any, *inputs: Any) -> Any:
         def step(carry: Any, now: Any) -> Any:
-            gradient, mask, on = now
+            gradient, mask, metric, on = now
 
             def taken(params: Any, state: Any) -> Any:
-                changes, after = self.transform.update(gradient, state, params, received=mask)
+                changes, after = self.transform.update(gradient, state, params, received=mask, value=metric)
                 return jax.tree.map(jnp.add, params, changes), after
 
             carry = jax.lax.cond(on, taken, lambda *carry: carry, *carry)
             return carry, (carry[0], self._slots(carry[1]))
 
-        return jax.lax.scan(step, (params, state), (gradients, received, active))
+        return jax.lax.scan(step, (params, state), inputs)
 
     def _slots(self, state: Any) -> Any:
         values = frozenset(("ax",))
@@ -200,7 +211,7 @@ class Port:
         active = np.isin(np.arange(STEPS), np.arange(first, last))
         moved = [self.case.layout.forward({n: g[i] for n, g in gradients.items()}) for i in range(STEPS)]
         stacked = unflatten({leaf: np.stack([of_step[leaf] for of_step in moved]) for leaf in moved[0]})
-        carry, (seen, slots) = self.program(*carry, stacked, self._received(received), active)
+        carry, (seen, slots) = self.program(*carry, stacked, self._received(received), arrays["metric"], active)
         params, slots = jax.tree.map(np.asarray, (by_path(seen), slots))
         found: dict[int, dict[str, np.ndarray]] = {}
         for number in range(first, last):
@@ -270,4 +281,4 @@ def port_side(case: Case, made: Callable[[Case, int], Port] = port_of) -> Side:
 
 def moved(arrays: Arrays) -> list[str]:
     """What the reference's noise may move."""
-    return [path for path in arrays if not path.startswith("received")]
+    return [path for path in arrays if not path.startswith("received") and path != "metric"]
