@@ -65,7 +65,7 @@ def key(
         [runtime, torch_environment, torch_tape, torch_training, training, randomness],
         dict(weights),
         [data.inputs, data.targets, data.plan.order, data.plan.batch_size, data.rows_are_batches],
-        [type(made), groups, optimizer.learning_rate, optimizer.changes_rate, optimizer.reference],
+        [type(made), groups, optimizer.learning_rate, optimizer.changes_rate, optimizer.reference, optimizer.scheduler],
         [runner.loss, runner.own_step, runner.select],
         [(name, type(part), _plain(vars(part))) for name, part in runner.subject.model.named_modules()],
         sorted(runner.subject.frozen),

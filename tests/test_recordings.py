@@ -77,7 +77,19 @@ def of(scale: float) -> Callable[..., Any]:
     return lambda outputs, targets: scale * ((outputs - targets) ** 2).mean()
 
 
+def scheduled(gamma: float) -> Callable[[Any], Any]:
+    """A factory of an optimizer with its scheduler."""
+
+    def factory(params: Any) -> Any:
+        optimizer = torch.optim.Adam(params, lr=0.01)
+        return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
+
+    return factory
+
+
 CHANGES: dict[str, dict[str, Any]] = {
+    "scheduler": {"optimizer": scheduled(0.9)},
+    "an option of the scheduler": {"optimizer": scheduled(0.99)},
     "seed": {"seed": 1},
     "weights": {"nudge": 1e-6},
     "dropout": {"rate": 0.1},
