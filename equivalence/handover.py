@@ -131,7 +131,9 @@ def _planted(state: Any, params: Any, layout: Layout, plant: Plant) -> Any:
     def one(entry: Any) -> Any:
         floating = jnp.issubdtype(entry.array.dtype, jnp.floating)
         return (
-            jnp.asarray(_changed(np.asarray(entry.array), plant)) if entry.leaf in places and floating else entry.array
+            jnp.asarray(_changed(np.asarray(entry.array), plant), entry.array.dtype)
+            if entry.leaf in places and floating
+            else entry.array
         )
 
     structure = jax.tree_util.tree_structure(state)
@@ -156,7 +158,7 @@ def to_reference(comparison: Comparison, run: JaxStepper, steps: int, rates: lis
     made = reference.stepper(run.bits, weights, comparison.optimizer, rates)
 
     def optimizer(named: Any, scheduler: Any) -> None:
-        put_state(named, run.state()[1], port.subject.params, Layout(port.bound))
+        put_state(named, run.state()[1], port.subject.params, Layout(port.bound), steps=steps)
         if scheduler is not None:
             step_on(scheduler, steps)
 

@@ -6,6 +6,7 @@ A recording is used only after its first epoch was run again and came out bit fo
 from __future__ import annotations
 
 import dataclasses
+import dis
 import hashlib
 import inspect
 import json
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,7 +75,7 @@ def key(
     ]
     digest = hashlib.sha256()
     try:
-        for piece in _pieces(depends, 0):
+        for piece in _pieces(depends, 0, set()):
             digest.update(len(piece).to_bytes(8, "little") + piece)
     except Unknowable:
         return None
@@ -85,46 +87,67 @@ def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in attributes.items() if not n.startswith("_") and n != "training"}
 
 
-def _pieces(thing: Any, depth: int) -> Iterator[bytes]:
-    """Everything that tells one thing from another, as bytes. Raises Unknowable for what it cannot look into."""
+def _pieces(thing: Any, depth: int, seen: set[int]) -> Iterator[bytes]:
+    """Everything that tells one thing from another, as bytes; functions already `seen` by their name alone. Raises
+    Unknowable for what it cannot look into."""
     if depth > 12:
         raise Unknowable(type(thing))
     yield type(thing).__qualname__.encode()
-    if thing is None or isinstance(thing, (bool, int, float, str, bytes, complex)):
+    if thing is None or thing is ... or isinstance(thing, (bool, int, float, str, bytes, complex)):
         yield repr(thing).encode()
     elif isinstance(thing, np.ndarray):
         yield f"{thing.dtype} {thing.shape}".encode()
         yield np.ascontiguousarray(thing).tobytes()
     elif isinstance(thing, Mapping):
         for name in sorted(thing, key=str):
-            yield from _pieces(str(name), depth + 1)
-            yield from _pieces(thing[name], depth + 1)
+            yield from _pieces(str(name), depth + 1, seen)
+            yield from _pieces(thing[name], depth + 1, seen)
     elif isinstance(thing, (list, tuple, set, frozenset)):
         for item in sorted(thing, key=repr) if isinstance(thing, (set, frozenset)) else thing:
-            yield from _pieces(item, depth + 1)
+            yield from _pieces(item, depth + 1, seen)
     elif inspect.ismodule(thing):
         yield _source(thing.__name__)
     elif isinstance(thing, partial):
-        yield from _pieces([thing.func, thing.args, thing.keywords], depth + 1)
+        yield from _pieces([thing.func, thing.args, thing.keywords], depth + 1, seen)
     elif isinstance(thing, type):
         yield thing.__qualname__.encode()
         yield _source(thing.__module__)
     elif inspect.isfunction(thing):
-        yield thing.__qualname__.encode() + thing.__code__.co_code
+        yield thing.__qualname__.encode()
         yield _source(thing.__module__)
-        cells = [cell.cell_contents for cell in thing.__closure__ or ()]
-        yield from _pieces([cells, thing.__defaults__, thing.__kwdefaults__], depth + 1)
+        if id(thing) not in seen:
+            seen.add(id(thing))
+            cells = [cell.cell_contents for cell in thing.__closure__ or ()]
+            held = [thing.__code__, cells, thing.__defaults__, thing.__kwdefaults__, _globals(thing)]
+            yield from _pieces(held, depth + 1, seen)
+    elif isinstance(thing, CodeType):
+        # two lambdas of one file may differ in a number alone, which is not in co_code
+        yield from _pieces([thing.co_code, thing.co_consts, thing.co_names], depth + 1, seen)
     elif inspect.ismethod(thing):
-        yield from _pieces([thing.__func__, thing.__self__], depth + 1)
+        yield from _pieces([thing.__func__, thing.__self__], depth + 1, seen)
     elif inspect.isbuiltin(thing):
         yield f"{thing.__module__}.{thing.__qualname__}".encode()
     elif dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        yield from _pieces(vars(thing) if hasattr(thing, "__dict__") else dataclasses.asdict(thing), depth + 1)
+        yield from _pieces(vars(thing) if hasattr(thing, "__dict__") else dataclasses.asdict(thing), depth + 1, seen)
         yield _source(type(thing).__module__)
     elif type(thing).__module__.startswith("torch") and hasattr(thing, "detach"):
-        yield from _pieces(thing.detach().cpu().numpy(), depth + 1)
+        yield from _pieces(thing.detach().cpu().numpy(), depth + 1, seen)
     else:
         raise Unknowable(type(thing))
+
+
+def _globals(function: Any) -> dict[str, Any]:
+    """The global values that a function reads: a script may change them between two runs. Those of installed packages
+    and of this one stay as they are."""
+    file = getattr(sys.modules.get(function.__module__), "__file__", None) or ""
+    if "site-packages" in file or function.__module__.split(".")[0] == "equivalence":
+        return {}
+    codes, names = [function.__code__], set()
+    while codes:
+        code = codes.pop()
+        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
+        names |= {line.argval for line in dis.get_instructions(code) if line.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return {name: function.__globals__[name] for name in names if name in function.__globals__}
 
 
 def _source(module: str) -> bytes:

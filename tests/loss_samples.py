@@ -1,4 +1,4 @@
-"""The sample inputs that torch tests its own losses with, in double precision: prints which of ours differ, as JSON.
+"""The sample inputs that torch tests its own losses with, in double precision: which of ours differ.
 
 Of samples alike in options, shapes and dtypes the first is run, and all of them under HYPOTHESIS_PROFILE=thorough:
 most differ only in how torch cuts LinearCrossEntropyLoss into chunks. A class's samples are one compiled program.
@@ -6,7 +6,6 @@ most differ only in how torch cuts LinearCrossEntropyLoss into chunks. A class's
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable
@@ -17,15 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from torch.testing._internal.common_modules import module_db
 
 from equivalence import losses
 from equivalence.losses.modules import OPTIONS
 from equivalence.runtimes.jax import environment
 from tests.agreement import Arrays, disagreements
+from tests.torch_tables import modules
 
 LINEAR = "LinearCrossEntropyLoss"
-INFOS = {info.module_cls.__name__: info for info in module_db if info.module_cls.__name__ in {*OPTIONS, LINEAR}}
 
 
 @dataclass(frozen=True)
@@ -61,16 +59,17 @@ def described(value: Any) -> Any:
     return (tuple(value.shape), str(value.dtype)) if isinstance(value, torch.Tensor) else repr(value)
 
 
-def samples(name: str) -> dict[str, Sample]:
+def samples(name: str, info: Any) -> dict[str, Sample]:
+    """The samples of a class, by class and number."""
     torch.manual_seed(0)
     found: dict[Any, tuple[str, Sample]] = {}
-    for number, one in enumerate(INFOS[name].module_inputs_func(INFOS[name], "cpu", torch.float64, True, False)):
+    for number, one in enumerate(info.module_inputs_func(info, "cpu", torch.float64, True, False)):
         made, called = one.constructor_input, one.forward_input
         options = {k: described(v) for k, v in made.kwargs.items() if k != "options"}
         alike = repr((options, *map(described, (*made.args, *called.args))))
         if os.environ.get("HYPOTHESIS_PROFILE") == "thorough":
             alike = str(number)
-        sample = Sample(INFOS[name].module_cls(*made.args, **made.kwargs), called.args)
+        sample = Sample(info.module_cls(*made.args, **made.kwargs), called.args)
         found.setdefault(alike, (f"{name} {number}", sample))
     return dict(found.values())
 
@@ -121,10 +120,12 @@ def sides(given: dict[str, Sample]) -> tuple[Any, Any, dict[str, np.ndarray]]:
     return reference, ours, arrays
 
 
-if __name__ == "__main__":
-    result = {}
-    for name in INFOS:
-        given = samples(name)
-        differing = {" ".join(path.split()[:2]) for path in disagreements(*sides(given))}
-        result[name] = {"run": len(given), "differing": sorted(differing)}
-    print(json.dumps(result))
+def outcome() -> dict[str, dict[str, Any]]:
+    """By class: how many samples were run, and which differ."""
+    found = {}
+    for name, info in modules().items():
+        if name in {*OPTIONS, LINEAR}:
+            given = samples(name, info)
+            differing = {" ".join(path.split()[:2]) for path in disagreements(*sides(given))}
+            found[name] = {"run": len(given), "differing": sorted(differing)}
+    return found

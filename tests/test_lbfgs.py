@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch.optim import LBFGS
-from torch.testing._internal.common_optimizers import optim_db
 
 from equivalence.optimizers import lbfgs
 from tests.agreement import assert_agree, disagreements
@@ -28,14 +26,13 @@ from tests.lbfgs_sides import (
     training,
     wide,
 )
+from tests.torch_tables import optimizer_configurations
 
 SHORT = {"history_size": 3}
 CASES = {
     **{
-        f"optim_db {info.desc}": Case("network", info.kwargs, 2)
-        for entry in optim_db
-        if entry.optim_cls is LBFGS
-        for info in entry.optim_inputs_func("cpu")
+        f"optim_db {number}": Case("network", options, 2)
+        for number, options in enumerate(optimizer_configurations()["LBFGS"])
     },
     "least squares": Case("squares", {"history_size": 4, "max_iter": 4}, 20, 1),
     "100 steps": Case("valley", {**SHORT, "max_iter": 2, "lr": 0.05}, 100, 8),

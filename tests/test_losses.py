@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import subprocess
 import sys
 
@@ -23,6 +22,7 @@ from equivalence.runtimes.jax import environment
 from tests.agreement import assert_agree, disagreements
 from tests.loss_arrays import KINDS, clusters
 from tests.loss_cases import CASES, drawn, sides, value_of
+from tests.loss_samples import outcome
 from tests.pairings import NnxMLP, rows, torch_mlp
 
 LOSS_CLASSES = {n for n in dir(torch.nn) if n.endswith("Loss")}
@@ -310,12 +310,7 @@ GAPS: dict[str, str] = {}
 
 
 def test_every_kind_of_torchs_own_samples_agrees():
-    pytest.importorskip("expecttest")
-    # in its own process: torch.testing freezes the flags of torch.backends where it is imported
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.loss_samples"], capture_output=True, text=True, check=True, timeout=600
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = outcome()
     assert len(found) == 20
     assert {*OPTIONS, "LinearCrossEntropyLoss"} - set(found) == {"TripletMarginLoss", "TripletMarginWithDistanceLoss"}
     differing = {sample for samples in found.values() for sample in samples["differing"]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from equivalence.optimizers.rules.table import ROWS, OptimizerRow
 from equivalence.runtimes import jax as jax_runtime
 from tests.agreement import Arrays, assert_agree, disagreements
 from tests.rule_sides import Case, overflows, port_side, remembered, torch_side
+from tests.torch_tables import optimizer_configurations
 
 NAMES = sorted(set(rules.HOMES) - {"LBFGS"})  # which moves all parameters together, and has tests of its own
 SHAPE = (3, 5)
@@ -59,19 +59,13 @@ def fixed(arrays: Arrays) -> list[str]:
 
 @pytest.fixture(scope="module")
 def configurations() -> dict[str, list[Case]]:
-    """torch's own table of optimizer configurations; importing it would forbid this process torch's global flags."""
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        patch.setattr(torch.backends, "disable_global_flags", lambda: None)
-        pytest.importorskip("expecttest", reason="expecttest is not installed: torch's table of optimizers needs it")
-        from torch.testing._internal.common_optimizers import optim_db
+    """torch's own table of optimizer configurations, those with a tensor for a number counted once."""
     found: dict[str, list[Case]] = {name: [] for name in NAMES}
-    for info in optim_db:
-        for config in info.optim_inputs_func(device="cpu"):
-            options = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in config.kwargs.items()}
-            case = Case(info.optim_cls.__name__, options)
-            if case.name in found and case not in found[case.name]:
-                found[case.name].append(case)
+    for name, configs in optimizer_configurations().items():
+        for options in configs:
+            case = Case(name, options)
+            if name in found and case not in found[name]:
+                found[name].append(case)
     return found
 
 

@@ -87,6 +87,23 @@ def scheduled(gamma: float) -> Callable[[Any], Any]:
     return factory
 
 
+def stepped(scheduler: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A factory of an optimizer with a scheduler that the first epoch may not show."""
+
+    def factory(params: Any) -> Any:
+        optimizer = torch.optim.SGD(params, lr=0.1)
+        return optimizer, scheduler(optimizer)
+
+    return factory
+
+
+PERIOD = 30
+
+
+def of_a_global(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, PERIOD)
+
+
 CHANGES: dict[str, dict[str, Any]] = {
     "scheduler": {"optimizer": scheduled(0.9)},
     "an option of the scheduler": {"optimizer": scheduled(0.99)},
@@ -113,6 +130,21 @@ CHANGES: dict[str, dict[str, Any]] = {
 def test_the_same_run_has_the_same_key() -> None:
     assert everything() is not None
     assert everything() == everything()
+
+
+def test_two_lambdas_that_differ_in_a_number_alone() -> None:
+    one = everything(optimizer=stepped(lambda o: torch.optim.lr_scheduler.StepLR(o, 30)))
+    other = everything(optimizer=stepped(lambda o: torch.optim.lr_scheduler.StepLR(o, 100)))
+    nested = [everything(optimizer=stepped(lambda o: [(lambda: k)() for k in (2,)] and of_a_global(o)))]
+    nested += [everything(optimizer=stepped(lambda o: [(lambda: k)() for k in (3,)] and of_a_global(o)))]
+    assert None not in (one, other, *nested)
+    assert len({one, other, *nested}) == 4
+
+
+def test_a_global_value_that_a_function_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = everything(optimizer=stepped(of_a_global))
+    monkeypatch.setitem(globals(), "PERIOD", 100)
+    assert None is not before != everything(optimizer=stepped(of_a_global))
 
 
 @pytest.mark.parametrize("change", CHANGES)

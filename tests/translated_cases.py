@@ -35,18 +35,17 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 GROUPS = (("kernel", "gain", "nothing", "bias"), ("square", "conv"))
 
 
-ALL = ("square", "conv", "bias", "gain", "nothing")
 SUITED = {
+    "Adam": ("square", "conv", "bias", "gain", "nothing"),
     "Muon": ("kernel", "square"),
-    "SparseAdam": ("kernel", "conv", "bias"),
-    "Adafactor": ("kernel", "conv", "bias", "gain"),
+    "SparseAdam": ("kernel", "bias"),
 }
-"""The parameters of classes that torch itself does not let move every one, or to which axes matter."""
+"""The parameters of a class: of all kinds once, of those that torch lets a class move, or else of three kinds."""
 
 
 def case_of(name: str, suited: tuple[str, ...] = (), **scheduled: Any) -> Case:
     """A class's case."""
-    held = {leaf: SHAPES[leaf] for leaf in suited or SUITED.get(name, ALL)}
+    held = {leaf: SHAPES[leaf] for leaf in suited or SUITED.get(name, ("conv", "bias", "gain"))}
     rules = tuple(rule for rule in RULES if rule.source in held)
     port = {leaf: shape for leaf, shape in PORT.items() if leaf in {rule.target for rule in rules}}
     everywhere, *of_groups = OPTIONS[name]
@@ -74,12 +73,13 @@ NET_RULES = (
 
 
 def net(name: str, first: tuple[str, ...], changed: bool = True) -> Case:
-    """The class on that model, with these parameters in the first group and the others in the second."""
+    """The class on that model, with these parameters in the first group and the others in the second; some have a
+    leaf that holds other values than torch."""
     everywhere, *of_groups = OPTIONS[name]
     second = tuple(leaf for leaf in NET if leaf not in first)
-    rules = (*NET_RULES, Rule("norm", "norm.scale", change=offset(-1.0) if changed else None))
+    norm = Rule("norm", "norm.scale", change=offset(-1.0) if changed else None)
     groups = ((first, of_groups[0]), (second, of_groups[1]))
-    return Case(name, everywhere, groups, NET, NET_PORT, rules, ("ice",), {"head": "emb"})
+    return Case(name, everywhere, groups, NET, NET_PORT, (*NET_RULES, norm), ("ice",), {"head": "emb"})
 
 
 NETS = {

@@ -89,7 +89,7 @@ class Case:
             at.register_parameter(last, parameter)
 
         for name, value in params.items():
-            put(name, torch.nn.Parameter(torch.tensor(value), name not in self.frozen))
+            put(name, torch.nn.Parameter(torch.tensor(np.array(value, order="C")), name not in self.frozen))
         for alias, name in self.ties.items():
             put(alias, made.get_parameter(name))
         return made
@@ -181,7 +181,7 @@ class Port:
             for slot, how in eq_rule(case).slots(options).items()
             if how.kind != "begun"
         }
-        self.program = jax.jit(self._run)
+        self.program, self.init = jax.jit(self._run), jax.jit(self.transform.init)
 
     def _run(self, params: Any, state: Any, *inputs: Any) -> Any:
         def step(carry: Any, now: Any) -> Any:
@@ -203,7 +203,7 @@ class Port:
 
     def start(self, params: Arrays) -> tuple[Any, Any]:
         tree = jax.tree.map(jnp.asarray, self.case.tree(params))
-        return tree, self.transform.init(tree)
+        return tree, self.init(tree)
 
     def run(self, arrays: Arrays, carry: Any, first: int, last: int) -> tuple[Any, dict[int, dict[str, np.ndarray]]]:
         """The carry after the steps from `first` to `last`, and what is seen after each of them."""

@@ -87,8 +87,9 @@ def steps_taken(torch: Torch, scheduler: Any, every: int, steps: int | None) -> 
     """
     if steps is not None and (not isinstance(steps, int) or steps < 0):
         raise InputError(f"steps= is a number of optimizer steps, not {steps}")
-    counts = any("step" in slots for slots in torch.slots.values())
-    counted = max((int(value) for value in torch.held("step").values()), default=0) if counts else None
+    counts = {int(value) for value in torch.held("step").values()}
+    # a parameter that had no gradient in some step counts fewer of them
+    counted = counts.pop() if len(counts) == 1 else None
     if scheduler is None:
         return counted if steps is None else steps
     from equivalence.optimizers.schedules import position
@@ -96,7 +97,7 @@ def steps_taken(torch: Torch, scheduler: Any, every: int, steps: int | None) -> 
     at = position(scheduler)
     taken = steps if steps is not None else at if every == 1 else counted
     if taken is None:
-        raise InputError(f"torch's {torch.kind} counts no steps, and the scheduler one in {every}: pass steps=")
+        raise InputError(f"torch's {torch.kind} does not tell its steps, and the scheduler one in {every}: pass steps=")
     if taken // every != at:
         raise InputError(f"{taken} steps are {taken // every} of the scheduler's (every={every}); it has taken {at}")
     return taken
@@ -128,7 +129,8 @@ class Mover:
             return entry.array
         if _is_count(entry):
             if self.steps is None:
-                self.problems.append(f"torch's {self.torch.kind} counts no steps, {entry.owner} does: pass steps=")
+                why = "has different step counters" if self.torch.held("step") else "counts no steps"
+                self.problems.append(f"torch's {self.torch.kind} {why}, {entry.owner} needs their number: pass steps=")
             return jnp.asarray(self.steps or 0, entry.array.dtype)
         if _is_around(entry) or entry.field not in self.torch.fields:
             return entry.array

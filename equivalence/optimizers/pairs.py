@@ -65,7 +65,8 @@ def _translated(pair: OptimizerPair, rate: Any, trained: Mapping[str, tuple[int,
     scheduler = rate if pair.scheduler is None else pair.scheduler(optimizer)
     names = Names(Leaves(dict(trained)), {}, frozenset())
     # One group moves every leaf that it is handed, frozen ones too: that they stay is for the port's own step to show.
-    known = {id(p): name for name, p in parameters.items()} if len(optimizer.param_groups) > 1 else None
+    whole = len(optimizer.param_groups) == 1 and len(_params(optimizer)) == len(parameters)
+    known = None if whole else {id(p): name for name, p in parameters.items()}
     made = translation(optimizer, scheduler, names, known, bound)
     return optax.GradientTransformationExtraArgs(made.init, made.update)
 
@@ -139,6 +140,8 @@ def resolve(optimizer: Any) -> OptimizerPair:
         if optimizer not in PAIRS:
             raise unknown("optimizer", optimizer, PAIRS)
         return PAIRS[optimizer]
+    if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
+        raise InputError("an Optax transformation alone has no reference: give optimizer=(torch factory, transformation)")
     if isinstance(optimizer, tuple) and len(optimizer) == 2 and callable(optimizer[0]):
         factory, transformation = optimizer
         if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
@@ -160,11 +163,28 @@ def _probe(factory: Callable[..., Any]) -> tuple[Any, Any]:
     """`(optimizer, scheduler or None)` of a factory, on one small matrix."""
     import torch
 
+    given = torch.nn.Parameter(torch.zeros(2, 1))
     try:
-        made = factory([torch.nn.Parameter(torch.zeros(2, 1))])
+        made = factory([given])
     except Exception as error:
         raise InputError(f"the torch optimizer factory fails on one parameter: {error}") from None
-    return made if isinstance(made, tuple) else (made, None)
+    optimizer, scheduler = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(
+            "a torch optimizer factory returns an optimizer, or (optimizer, scheduler), not"
+            f" {type(optimizer).__name__}"
+        )
+    if any(parameter is not given for parameter in _params(optimizer)):
+        raise InputError(
+            "the torch optimizer factory makes an optimizer of other parameters than it is given: verify trains a copy"
+            " of the model, so write lambda params: torch.optim.Adam(params)"
+        )
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise InputError(
+            "ReduceLROnPlateau is stepped with a metric, and verify has none to give it: leave it out here, and"
+            " translate it with to_optax(optimizer, scheduler=...)"
+        )
+    return optimizer, scheduler
 
 
 def _sides(factory: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any] | None]:

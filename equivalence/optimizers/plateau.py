@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -19,13 +20,20 @@ from equivalence.errors import InputError
 
 
 class PlateauState(NamedTuple):
-    """Where a ReduceLROnPlateau is: the rates of the groups (groups,), the best metric, and its counters."""
+    """Where a ReduceLROnPlateau is: the rates of the groups (groups,), the best metric, its counters, its steps."""
 
     lr: Any
     best: Any
     num_bad_epochs: Any
     cooldown_counter: Any
     count: Any
+
+
+class ScaleByPlateauState(NamedTuple):
+    """The optimizer steps taken, int32, and where the scheduler is."""
+
+    count: Any
+    plateau: PlateauState
 
 
 @dataclass(frozen=True)
@@ -143,19 +151,28 @@ def scale_by_plateau(scheduler: Any, *, group: int = 0, every: int = 1) -> optax
         every: steps between two looks at the metric (the steps of an epoch).
 
     `update(updates, state, params, value=metric)` takes the step with the rate before the metric is looked at, as
-    `optimizer.step(); scheduler.step(metric)` does. Raises InputError without a metric.
+    `optimizer.step(); scheduler.step(metric)` does. Raises InputError without a metric, and for an `every` or a `group`
+    that is none.
+
+    Differs from `optax.contrib.reduce_on_plateau` as this module's first lines say; that also accumulates the mean of
+    the metric over `accumulation_size` steps where torch looks at the last one.
     """
     plateau = Plateau.of(scheduler)
+    if every < 1 or not 0 <= group < len(plateau.floors):
+        raise InputError(f"scale_by_plateau(group={group}, every={every}): there is no such group, or no such step")
 
-    def init(params: Any) -> PlateauState:
+    def init(params: Any) -> ScaleByPlateauState:
         del params
-        return plateau.init()
+        return ScaleByPlateauState(jnp.zeros((), jnp.int32), plateau.init())
 
-    def update(updates: Any, state: PlateauState, params: Any = None, *, value: Any = None, **others: Any) -> Any:
+    def update(
+        updates: Any, state: ScaleByPlateauState, params: Any = None, *, value: Any = None, **others: Any
+    ) -> tuple[Any, ScaleByPlateauState]:
         del params, others
         if value is None:
             raise InputError("ReduceLROnPlateau looks at a metric: update(updates, state, params, value=metric)")
-        scaled = optax.tree.scale(-state.lr[group], updates)
-        return scaled, plateau.after(state, value, state.count + 1, every)
+        count, rate = optax.safe_increment(state.count), state.plateau.lr[group]
+        scaled = jax.tree.map(lambda update: -rate.astype(update.dtype) * update, updates)
+        return scaled, ScaleByPlateauState(count, plateau.after(state.plateau, value, count, every))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -18,7 +18,7 @@ from equivalence.optimizers.moving import RESTING, Mover, moving, scheduled, ste
 from equivalence.optimizers.plateau import PlateauState, load_state, state_of
 from equivalence.optimizers.torch_side import Torch, holds, kind_of, past, step_on
 from equivalence.optimizers.translate import Names, assert_steps, bound_to, is_plateau, is_torch, named
-from equivalence.optimizers.translated import TranslatedState
+from equivalence.optimizers.translated import TranslatedState, assert_real
 from equivalence.optimizers.trees import (
     STEPS_TAKEN,
     Entry,
@@ -55,8 +55,8 @@ def optimizer_state(
         model: the torch module whose parameters the optimizer holds.
         mapping: from the model's leaves to the port's; None infers one from names.
         scheduler, every: as in `to_optax`: the position of schedules is that scheduler's.
-        steps: the optimizer steps taken, where nothing in torch tells them; None takes the scheduler's, or the largest
-            step counter.
+        steps: the optimizer steps taken, for schedules; None takes the scheduler's or, where that takes one step in
+            several or is a function, torch's step counters, which must then agree.
 
     State of a frozen parameter stays behind: no step uses it. For an `nnx.Optimizer` pass
     `nnx.as_pure(nnx.state(module, nnx.Param))` as params, and put the result there with
@@ -110,6 +110,7 @@ def _read(
     torch, names, flat = Torch.of(optimizer, named(model)), Names.of(model), by_path(params)
     if is_torch(scheduler) and scheduler.optimizer is not optimizer:
         raise InputError("scheduler= moves another optimizer than this one")
+    assert_real(flat)
     masked = jax.tree_util.tree_leaves(params, is_leaf=_masked)
     if any(map(_masked, masked)):
         names = names.only(frozenset(torch.params))
@@ -271,6 +272,9 @@ def _whole(torch: Torch, state: Any, layout: Layout, problems: list[str]) -> Cal
         length = () if slot in VECTORS else (len(slots["ro"]),)
         still = {name: np.zeros((*length, *p.shape)) for name, p in torch.params.items() if not p.requires_grad}
         slots[slot] = still | slots[slot]
+    rate = torch.optimizer.param_groups[0]["lr"]
+    if "t" in slots and isinstance(rate, float) and slots["t"].dtype.type(rate) == slots["t"]:
+        slots["t"] = rate  # as torch has it where no search found another: a Python float
     problems += _lost(slots, {name: kind_of(parameter) for name, parameter in torch.params.items()})
     return lambda: write(torch.optimizer, tuple(torch.params), slots)
 

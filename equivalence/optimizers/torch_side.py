@@ -89,7 +89,7 @@ class Torch:
         # torch keeps numbers beside the parameter where it compiles or fuses the step
         beside = group.get("capturable") or group.get("fused") or self.kind == "ASGD"
         for slot, how in slots.items():
-            array = np.array(values[slot])
+            array = np.array(values[slot], order="C")
             if how.python:
                 state[slot] = int(array)
             elif how.kind in ("count", "scalar"):
@@ -101,7 +101,9 @@ class Torch:
                     problems.append(f"{name}: {slot} has the shape {array.shape}, in torch {self.shape(name, slot)}")
                 elif not holds(kind, array):
                     problems.append(f"{name}: {slot} is {array.dtype}, which torch's {kind} cannot hold")
-                state[slot] = to_torch(array.astype(kind)).to(parameter.device)
+                made = to_torch(array.astype(kind)).to(parameter.device)
+                # laid out in memory as the parameter is, as torch makes it
+                state[slot] = parameter.detach().clone().copy_(made) if made.shape == parameter.shape else made
         return state, problems
 
     def shape(self, name: str, slot: str) -> tuple[int, ...]:

@@ -156,9 +156,7 @@ class Translation:
         return self._plans[key]
 
     def _planned(self, flat: Flat, masked: bool) -> Plan:
-        odd = [path for path, leaf in flat.items() if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating)]
-        if odd:
-            raise InputError(f"complex parameters are not translated: {', '.join(odd)}; hold real and imaginary parts")
+        assert_real(flat)
         shapes = shapes_of(flat)
         layout = self.place(shapes, masked)
         found: dict[str, set[int | None]] = {leaf: {self._group(n) for n in layout.sources(leaf)} for leaf in shapes}
@@ -294,3 +292,10 @@ class Translation:
         extra = {} if value_fn is None else {"value_fn": closure}
         changes, whole = rule.update(given, state.whole, held, **extra)
         return changes, {}, {}, whole
+
+
+def assert_real(params: Flat) -> None:
+    """Raise InputError with all complex parameters: torch takes their parts apart, Optax their absolute value."""
+    odd = [path for path, leaf in params.items() if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating)]
+    if odd:
+        raise InputError(f"complex parameters are not translated: {', '.join(odd)}; hold real and imaginary parts")

@@ -28,6 +28,7 @@ STEPS_TAKEN = {
     "WrappedScheduleState": "count",
     "InjectHyperparamsState": "count",
     "InjectStatefulHyperparamsState": "count",
+    "ScaleByPlateauState": "count",
     "MultiStepsState": "gradient_step",
     "WithAverageState": "step",
 }
@@ -106,7 +107,7 @@ def entries(state: Any, paths: Mapping[str, Any]) -> list[Entry]:
             found.append(((), entry))
         else:
             at, leaf = _place(keys, parts, array, paths)
-            owner = owners[at - 1] if at > 1 and parts[at - 1] == "hyperparams" else owners[at]
+            owner = owners[at - 1] if at and parts[at - 1] == "hyperparams" else owners[at]
             found.append((tuple(parts[:at]), Entry(owner, parts[at], leaf, array, translated=top is not None)))
     together: dict[tuple[str, ...], dict[str, None]] = {}
     for node, entry in found:

@@ -61,10 +61,13 @@ class StepProgram:
         frozen = runner.bound_frozen()
         gradients = {p: jnp.zeros_like(g) if p in frozen else g for p, g in gradients.items()}
         native = subject.native(carry["params"])
+        gradient = subject.native(gradients)
         updates, state = self.transformation.update(
-            subject.native(gradients),
+            gradient,
             carry["optimizer"],
             native,
+            value=loss,
+            grad=gradient,
             value_fn=lambda moved: objective(subject.flat(moved))[0],
         )
         moved = subject.flat(optax.apply_updates(native, updates))

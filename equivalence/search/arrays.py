@@ -47,11 +47,12 @@ def moved(
 
 
 def batch_like(batch: Batch, kind: str, seed: int) -> Batch:
-    """A batch shaped like the user's. Floats are drawn with the mean and spread of theirs; integers, booleans and
-    arrays of few distinct values are drawn from the values that theirs hold, so that they stay legal."""
+    """A batch shaped like the user's. Floats are drawn with the mean and spread of theirs; integers, booleans, arrays
+    of few distinct values, and targets (a loss may take probabilities, or variances) are drawn from the values that
+    theirs hold, so that they stay legal."""
     rng = np.random.default_rng(seed)
     inputs = {name: _like(array, kind, rng) for name, array in batch.arrays().items()}
-    targets = tuple(_like(array, "ordinary", rng) for array in batch.targets)
+    targets = tuple(_again(array, rng) for array in batch.targets)
     return Batch(inputs if isinstance(batch.inputs, dict) else tuple(inputs.values()), targets)
 
 
@@ -59,7 +60,7 @@ def _like(array: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
     if array.size == 0:
         return array
     if array.dtype.kind != "f" or len(np.unique(array)) <= max(2, min(8, array.size // 4)):
-        return rng.choice(array.reshape(-1), size=array.shape)
+        return _again(array, rng)
     spread = float(np.std(array)) or rms(array) or 1.0
     new = float(np.mean(array)) + spread * rng.standard_normal(array.shape)
     if kind == "large":
@@ -73,3 +74,7 @@ def _like(array: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
     elif kind == "ties":
         new = np.round(new / spread * 2.0) * (spread / 2.0)
     return representable(new)
+
+
+def _again(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return rng.choice(array.reshape(-1), size=array.shape) if array.size else array
