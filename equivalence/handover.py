@@ -55,7 +55,7 @@ def handed_over(comparison: Comparison, example: Example) -> Iterator[list[Findi
             if number + 1 == at:
                 gone_on = {
                     "to_port": {b: to_port(comparison, whole[b], at) for b in BITS},
-                    "to_reference": {b: to_reference(comparison, begun[b], at, rates) for b in BITS},
+                    "to_reference": {b: to_reference(comparison, begun[b], whole[b], at, rates) for b in BITS},
                 }
             continue
         ours = {b: seen[b].values | stepped(whole[b]) for b in BITS}
@@ -146,15 +146,17 @@ def _changed(value: np.ndarray, plant: Plant) -> np.ndarray:
     return made
 
 
-def to_reference(comparison: Comparison, run: JaxStepper, steps: int, rates: list[float]) -> TorchStepper:
-    """The reference, where the port's run is."""
+def to_reference(
+    comparison: Comparison, run: JaxStepper, whole: TorchStepper, steps: int, rates: list[float]
+) -> TorchStepper:
+    """The reference, where the port's run is; buffers that the port does not have are those of the `whole` run."""
     from equivalence.optimizers.state import put_state
     from equivalence.optimizers.torch_side import step_on
     from equivalence.optimizers.trees import Layout
 
     reference, port = comparison.stepping_reference, comparison.stepping_port
     buffers = run.held_buffers()
-    weights = {**reference.subject.params, **reference.subject.buffers, **run.parameters(), **buffers}
+    weights = {**reference.subject.params, **whole.held_buffers(), **run.parameters(), **buffers}
     made = reference.stepper(run.bits, weights, comparison.optimizer, rates)
 
     def optimizer(named: Any, scheduler: Any) -> None:

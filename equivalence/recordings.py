@@ -51,7 +51,9 @@ def key(
     """The name of a recording, or None where something it depends on cannot be known."""
     import torch
 
-    made = optimizer.reference([torch.nn.Parameter(torch.zeros(1))], optimizer.learning_rate)
+    shapes = [np.shape(value) for path, value in runner.subject.params.items() if path not in runner.subject.frozen]
+    trained = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    made = optimizer.reference(trained, optimizer.learning_rate)
     groups = [{name: value for name, value in group.items() if name != "params"} for group in made.param_groups]
     from equivalence import randomness, training
     from equivalence.runtimes import torch as runtime
@@ -90,7 +92,7 @@ def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
 def _pieces(thing: Any, depth: int, seen: set[int]) -> Iterator[bytes]:
     """Everything that tells one thing from another, as bytes; functions already `seen` by their name alone. Raises
     Unknowable for what it cannot look into."""
-    if depth > 12:
+    if depth > 24:
         raise Unknowable(type(thing))
     yield type(thing).__qualname__.encode()
     if thing is None or thing is ... or isinstance(thing, (bool, int, float, str, bytes, complex)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 jax = pytest.importorskip("jax")
@@ -33,7 +34,8 @@ SCHEDULES = torch.optim.lr_scheduler
 
 def judged(optimizer: Any, port: Any = None, **options: Any) -> eq.Report:
     given = {"targets": (Y,), "loss": "mse", "checks": ["step", "handover"], "examples": 2, **options}
-    return eq.verify(torch_mlp(), NnxMLP() if port is None else port, (X,), optimizer=optimizer, **given)
+    reference = given.pop("reference", None) or torch_mlp()
+    return eq.verify(reference, NnxMLP() if port is None else port, (X,), optimizer=optimizer, **given)
 
 
 def scheduled(optimizer: Callable[[Any], Any], scheduler: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -125,6 +127,68 @@ def test_a_closure_has_no_draws_and_no_buffers() -> None:
     assert "several times a step" in str(drawn.check("step").message)
     with pytest.raises(InputError, match=r"moves bn.running_mean"):
         eq.verify(seeded(TorchNorm), NnxNorm(), (X,), optimizer=lbfgs, checks=["step"], examples=1)
+
+
+def test_a_counter_that_the_port_lacks_goes_on() -> None:
+    report = judged(adam, NnxNorm(), reference=seeded(TorchNorm))
+    assert report.check("handover").verdict == "equivalent"
+    assert all(caveat.check != "handover" for caveat in report.reports[0].caveats)
+
+
+def test_an_optimizer_may_hold_some_parameters_alone() -> None:
+    judged(lambda params: torch.optim.Muon([p for p in params if p.ndim == 2], lr=0.05)).assert_equivalent()
+    some = judged(lambda params: torch.optim.Adam(list(params)[:2], lr=0.05), checks=["step", "training", "handover"])
+    some.assert_equivalent()
+
+
+def test_a_state_that_counts_no_steps_hands_over() -> None:
+    port = optax.rmsprop(0.01, decay=0.99, eps=1e-8, eps_in_sqrt=False)
+    judged((lambda params: torch.optim.RMSprop(params, lr=0.01), port)).assert_equivalent()
+
+
+def test_a_state_that_pins_its_dtype_hands_over() -> None:
+    judged((adam, optax.MultiSteps(optax.adam(0.1), 1).gradient_transformation())).assert_equivalent()
+
+
+def test_a_scheduler_moves_beside_the_users_own_step() -> None:
+    factory = scheduled(adam, lambda o: SCHEDULES.StepLR(o, 2, 0.5))
+    judged(factory, train_step=(torch_step, nnx_step), loss=None).assert_equivalent()
+
+
+def test_a_transformation_that_asks_for_the_loss_is_stepped() -> None:
+    def asks(updates: Any, state: Any, params: Any = None, *, value: Any, grad: Any, **others: Any) -> Any:
+        return jax.tree.map(lambda g, u: -0.1 * u + 0.0 * value * g, grad, updates), state
+
+    port = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), asks)
+    judged((lambda params: torch.optim.SGD(params, lr=0.1), port)).assert_equivalent()
+
+
+OTHERS = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+REFUSED = {
+    "a metric": (scheduled(adam, SCHEDULES.ReduceLROnPlateau), "stepped with a metric"),
+    "nothing": (lambda params: None, "not NoneType"),
+    "three": (lambda params: (adam(params), None, None), "not tuple"),
+    "no scheduler": (lambda params: (adam(params), 5), "not int"),
+    "other parameters": (lambda params: OTHERS, "other parameters than it is given"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_factory_that_cannot_be_used_is_refused(case: str) -> None:
+    factory, message = REFUSED[case]
+    for given in (factory, (factory, optax.sgd(0.1))):
+        with pytest.raises(InputError, match=message):
+            judged(given)
+
+
+def test_optax_alone_has_no_reference() -> None:
+    with pytest.raises(InputError, match="has no reference"):
+        judged(optax.sgd(0.1))
+
+
+def test_targets_stay_what_the_loss_takes() -> None:
+    module = torch.nn.GaussianNLLLoss()
+    judged("sgd", targets=(Y, np.abs(Y) + 0.1), loss=module, checks=["step", "training"]).assert_equivalent()
 
 
 def test_a_translated_loss_says_so() -> None:

@@ -59,7 +59,7 @@ def test_rates_that_move(what: str, seed: int) -> None:
     assert_agree(torch_side(case), port_side(case), arrays, moved(arrays))
 
 
-# --- one step in any surroundings --------------------------------------------------------------------------------------
+# --- one step in any surroundings -------------------------------------------------------------------------------------
 
 SMALL = case_of("AdamW", ("kernel", "bias"))
 
@@ -223,10 +223,10 @@ def test_two_optimizers_side_by_side() -> None:
             params = jax.tree.map(jnp.asarray, case.tree(part(arrays, "params")))
             labels = jax.tree.map(lambda leaf: "muon" if leaf.ndim == 2 else "adamw", params)
             transform = optax.partition(made, labels)
-            state = transform.init(params)
+            state, update = jax.jit(transform.init)(params), jax.jit(transform.update)
             for number in range(3):
                 gradients = case.tree({n: g[number] for n, g in part(arrays, "gradients").items()}, True)
-                changes, state = transform.update(gradients, state, params)
+                changes, state = update(gradients, state, params)
                 params = optax.apply_updates(params, changes)
             return case.layout.backward({leaf: np.asarray(value) for leaf, value in by_path(params).items()})
 
@@ -248,7 +248,7 @@ def test_rows_of_an_embedding_in_any_layout() -> None:
     assert np.array_equal(np.any(np.asarray(ours["table"]) != weight, axis=1), rows)
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 class Lion(torch.optim.Adam):
@@ -324,8 +324,7 @@ def test_what_has_no_translation_is_refused(make: Any, options: dict[str, Any], 
     optimizer = make()
     options = {key: holding(optimizer) if value == "its" else value for key, value in options.items()}
     with pytest.raises(InputError, match=message) as caught:
-        transform = eq.to_optax(optimizer, **options)
-        transform.init(jnp.ones((2, 3)))
+        eq.to_optax(optimizer, **options)
     assert "\n" not in str(caught.value)
     assert caught.value.status == 2
 
@@ -375,5 +374,5 @@ def test_complex_parameters_are_refused() -> None:
 def test_leaves_that_do_not_fit_the_model_are_all_named() -> None:
     model = torch.nn.Linear(3, 2)
     transform = eq.to_optax(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
-    with pytest.raises(InputError, match="no port leaf is named like bias.*weight"):
+    with pytest.raises(InputError, match=r"no port leaf is named like bias.*weight"):
         transform.init({"core": jnp.ones((3, 2))})

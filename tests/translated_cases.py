@@ -87,8 +87,8 @@ NETS = {
     "groups inside a leaf": net("AdamW", ("h.0.w", "q", "emb", "ice")),
     "order of axes": net("Adafactor", ("h.0.w", "k", "proj")),
 }
-"""In whose layout the rules run: the port's where they can; torch's where a leaf's parts are in different groups or hold
-other values than torch's, and where the rule looks at rows and columns."""
+"""In whose layout the rules run: the port's where they can; torch's where a leaf's parts are in different groups, where
+a leaf holds other values than torch's, and where the rule looks at rows and columns."""
 
 
 def _rates(kind: str, **options: Any) -> Callable[[Any], Any]:

@@ -257,6 +257,39 @@ def seen_of(case: Case, arrays: Arrays, found: Mapping[int, Mapping[str, np.ndar
     }
 
 
+def stepped(run: TorchRun, first: int, last: int) -> dict[int, dict[str, np.ndarray]]:
+    found = {}
+    for number in range(first, last):
+        run.step(number)
+        found[number] = run.seen()
+    return found
+
+
+def to_port(case: Case, port: Port, run: TorchRun, taken: int) -> Any:
+    """The port's carry where torch's run is."""
+    tree = jax.tree.map(jnp.asarray, case.tree(run.values()))
+    options = {"mapping": case.mapping, "scheduler": run.scheduler, "every": case.every, "steps": taken}
+    return tree, eq.optimizer_state(run.optimizer, port.transform, tree, model=run.model, **options)
+
+
+def to_torch(case: Case, arrays: Arrays, carry: Any) -> TorchRun:
+    """A new torch run where the port's carry is."""
+    params = case.layout.backward({path: np.asarray(v) for path, v in by_path(carry[0]).items()}, gradient=False)
+    run = TorchRun(case, arrays, params)
+    options = {"mapping": case.mapping, "scheduler": run.scheduler, "every": case.every}
+    eq.load_optimizer_state(run.optimizer, carry[1], carry[0], model=run.model, **options)
+    return run
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of torch's state are the same to the bit, type and dtype included."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if type(one) is not type(other) or getattr(one, "dtype", None) != getattr(other, "dtype", None):
+        return False
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
 def torch_side(case: Case) -> Side:
     def run(bits: int, arrays: Arrays) -> Arrays:
         found = {}

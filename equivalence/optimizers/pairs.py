@@ -141,7 +141,9 @@ def resolve(optimizer: Any) -> OptimizerPair:
             raise unknown("optimizer", optimizer, PAIRS)
         return PAIRS[optimizer]
     if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
-        raise InputError("an Optax transformation alone has no reference: give optimizer=(torch factory, transformation)")
+        raise InputError(
+            "an Optax transformation alone has no reference: give optimizer=(torch factory, transformation)"
+        )
     if isinstance(optimizer, tuple) and len(optimizer) == 2 and callable(optimizer[0]):
         factory, transformation = optimizer
         if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
@@ -171,8 +173,11 @@ def _probe(factory: Callable[..., Any]) -> tuple[Any, Any]:
     optimizer, scheduler = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(
-            "a torch optimizer factory returns an optimizer, or (optimizer, scheduler), not"
-            f" {type(optimizer).__name__}"
+            f"a torch optimizer factory returns an optimizer, or (optimizer, scheduler), not {type(optimizer).__name__}"
+        )
+    if scheduler is not None and not hasattr(scheduler, "step"):
+        raise InputError(
+            f"a torch optimizer factory returns (optimizer, scheduler), the second is not {type(scheduler).__name__}"
         )
     if any(parameter is not given for parameter in _params(optimizer)):
         raise InputError(

@@ -81,8 +81,7 @@ class Torch:
         """One parameter's state of arrays, in torch's own dtypes, {} where torch would have none yet; and what those
         dtypes cannot hold."""
         parameter, group, slots = self.params[name], self.groups[name], self.slots[name]
-        begun = [values[slot] > 0 for slot, how in slots.items() if how.kind in ("count", "begun")]
-        if not any(begun) and not self.rule.eager:
+        if not self.rule.eager and not any(np.any(values[slot]) for slot, how in slots.items() if how.kind != "scalar"):
             return {}, []
         state: dict[str, Any] = {}
         problems: list[str] = []

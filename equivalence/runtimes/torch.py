@@ -231,7 +231,10 @@ class TorchStepper:
     def _advance(self, inputs: Any, targets: tuple[Any, ...]) -> Any:
         args, kwargs = call(inputs)
         if self.runner.own_step is not None:
-            return self.runner.own_step(self.module, self.optimizer, *args, *targets, **kwargs)
+            loss = self.runner.own_step(self.module, self.optimizer, *args, *targets, **kwargs)
+            if self.scheduler is not None:
+                self.scheduler.step()
+            return loss
         loss_function = self.runner.loss
         assert loss_function is not None
 
