@@ -11,7 +11,7 @@ from equivalence.judgement import Finding, Where
 from equivalence.noise import noise
 from equivalence.numerics import Measure
 from equivalence.observation import Observation, Seen
-from equivalence.runs import CALLS, STEPS, Example, Four, Gradient, Run, buffers_of, port_stepped, stepped
+from equivalence.runs import CALLS, Example, Four, Gradient, Run, buffers_of, finite, port_stepped, stepped
 
 if TYPE_CHECKING:
     from equivalence.optimizers import OptimizerPair
@@ -44,6 +44,11 @@ class Comparison:
     _draws: dict[int, list[Seen]] = field(default_factory=dict)
     _fields: dict[str, str] = field(default_factory=dict)
     """torch's name of each piece of optimizer state, and the field that holds it in Optax's."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that are compared."""
+        return self.optimizer.steps
 
     # --- observe -----------------------------------------------------------------------------------------------
 
@@ -137,7 +142,7 @@ class Comparison:
         """The port's compiled step at one precision, made once; without gradients it moves a quarter less memory."""
         key = bits, gradients
         if key not in self._programs:
-            rates = self.optimizer.rates(STEPS)
+            rates = self.optimizer.rates(self.steps)
             self._programs[key] = self.stepping_port.program(self.optimizer, rates, bits, gradients)
         return self._programs[key]
 
@@ -145,13 +150,13 @@ class Comparison:
         """The findings of `step` and `optimizer_state`, one step at a time; nothing of a step is kept."""
         from equivalence.runtimes.jax_steps import JaxStepper
 
-        rates = self.optimizer.rates(STEPS)
+        rates = self.optimizer.rates(self.steps)
         ours = {b: self.stepping_reference.stepper(b, example.weights, self.optimizer, rates) for b in (32, 64)}
         theirs = {b: JaxStepper(self.program(b), example.port_weights) for b in (32, 64)}
         where = ("steps", example.index)
         self.gradients[where] = []
         run = self.seen.get(("observe", example.index, True), Run())
-        for number in range(STEPS):
+        for number in range(self.steps):
             batch, seed = example.batches[number % len(example.batches)], example.step_seed(number)
             seen = {bits: stepper.step(batch, seed) for bits, stepper in ours.items()}
             losses = {bits: stepper.step(batch, seen[64]) for bits, stepper in theirs.items()}
@@ -177,6 +182,8 @@ class Comparison:
                         at = f"step{number + 1}.{path}"
                         findings.append(Finding(name, where, at, family, m, example.ordinary, size=run.size))
             yield findings
+            if not finite(ours[64].parameters()):
+                return
 
     # --- the port alone ----------------------------------------------------------------------------------------
 
@@ -198,7 +205,7 @@ class Comparison:
         served = self.served(example)
         stepper = JaxStepper(self.program(64, gradients=False), weights)
         names = {field_: slot for slot, field_ in self._fields.items()}
-        for number in range(STEPS):
+        for number in range(self.steps):
             batch = example.batches[number % len(example.batches)]
             found = stepper.step(batch, served[number]).values
             found |= {f"parameters.{path}": value for path, value in stepper.parameters().items()}
@@ -209,10 +216,10 @@ class Comparison:
     def served(self, example: Example) -> list[Seen]:
         """The draws of the reference's steps: kept from the last time they were asked for this example."""
         if example.index not in self._draws:
-            rates = self.optimizer.rates(STEPS)
+            rates = self.optimizer.rates(self.steps)
             stepper = self.stepping_reference.stepper(64, example.weights, self.optimizer, rates)
             self._fields = stepper.fields()
-            seeds = [(example.batches[n % len(example.batches)], example.step_seed(n)) for n in range(STEPS)]
+            seeds = [(example.batches[n % len(example.batches)], example.step_seed(n)) for n in range(self.steps)]
             self._draws = {example.index: [stepper.step(batch, seed) for batch, seed in seeds]}
         return self._draws[example.index]
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from equivalence.judgement import Decision, imprecise, typical_precision
 from equivalence.numerics import U32
 from equivalence.paths import natural, parent
-from equivalence.runs import STEPS
 from equivalence.verdict import (
     Caveat,
     CheckReport,
@@ -60,6 +59,10 @@ class Conclusions:
     training: dict[str, Any] | None = None
     smallest: str | None = None
     unmatched: set[str] = field(default_factory=set)
+    steps: int = 0
+    """Optimizer steps of an example."""
+    unseen: bool = False
+    """Whether a part of what was handed in, which no check covers, was never at work."""
 
     def direct(self, report: CheckReport) -> None:
         """A check that concluded by itself; a divergence already found stays."""
@@ -147,7 +150,7 @@ def _only_early_steps(conclusions: Conclusions, name: str, decisions: Sequence[D
     """Whether chaos ended every example before its last step: what shows only from step 2 on was never looked at."""
     if name not in STEPWISE or all(caveat.kind != "chaos" for caveat in conclusions.caveats):
         return False
-    return not any(f"step{STEPS}." in d.finding.path for d in decisions)
+    return not any(f"step{conclusions.steps}." in d.finding.path for d in decisions)
 
 
 def _empty(conclusions: Conclusions, name: str) -> CheckReport:
@@ -233,6 +236,8 @@ def conclude(conclusions: Conclusions, port: str, reference: Subject, bound: Bou
         if not conclusions.diverged:
             conclusions.caveat("coverage", "no gradients were observed, so coverage was not measured")
     elif coverage.uncovered:
+        verdicts.append("inconclusive")
+    if conclusions.unseen:
         verdicts.append("inconclusive")
     verdict = worst_verdict(verdicts)
     divergence = None

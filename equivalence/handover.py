@@ -15,7 +15,7 @@ from equivalence.checks import REGISTRY
 from equivalence.comparison import Comparison
 from equivalence.judgement import Finding
 from equivalence.observation import Observation
-from equivalence.runs import STEPS, Example, Four, Run, port_stepped, stepped
+from equivalence.runs import Example, Four, Run, finite, port_stepped, stepped
 
 if TYPE_CHECKING:
     from equivalence.optimizers.trees import Layout
@@ -28,9 +28,9 @@ Plant = tuple[str, float, int]
 """A reference leaf, the relative size of the change, and the seed of its direction."""
 
 
-def hand_over_at(example: Example) -> int:
+def hand_over_at(comparison: Comparison, example: Example) -> int:
     """The steps before the handover: drawn from the example's seed, at least one on either side of it."""
-    return 1 + example.seed % (STEPS - 1)
+    return 1 + example.seed % (comparison.steps - 1)
 
 
 def handed_over(comparison: Comparison, example: Example) -> Iterator[list[Finding]]:
@@ -40,14 +40,16 @@ def handed_over(comparison: Comparison, example: Example) -> Iterator[list[Findi
     """
     from equivalence.runtimes.jax_steps import JaxStepper
 
-    rates, pair = comparison.optimizer.rates(STEPS), comparison.optimizer
+    rates, pair = comparison.optimizer.rates(comparison.steps), comparison.optimizer
     reference = comparison.stepping_reference
     whole = {b: reference.stepper(b, example.weights, pair, rates) for b in BITS}
     begun = {b: JaxStepper(comparison.program(b), example.port_weights) for b in BITS}
     gone_on: dict[str, dict[int, Any]] = {}
-    at, where = hand_over_at(example), ("handover", example.index)
-    for number in range(STEPS):
+    at, where = hand_over_at(comparison, example), ("handover", example.index)
+    for number in range(comparison.steps):
         batch, seed = example.batches[number % len(example.batches)], example.step_seed(number)
+        if not finite(whole[64].parameters()):
+            return
         seen = {bits: stepper.step(batch, seed) for bits, stepper in whole.items()}
         if number < at:
             for stepper in begun.values():
@@ -76,13 +78,13 @@ def planted_runs(
     """What the port shows in float64 after it took over, one step at a time: as it is, or with what the optimizer keeps
     of one reference leaf (its weights, where it keeps nothing) changed by `size` of itself at the handover."""
 
-    served, at = comparison.served(example), hand_over_at(example)
-    rates = comparison.optimizer.rates(STEPS)
+    served, at = comparison.served(example), hand_over_at(comparison, example)
+    rates = comparison.optimizer.rates(comparison.steps)
     begun = comparison.stepping_reference.stepper(64, example.weights, comparison.optimizer, rates)
     for number in range(at):
         begun.step(example.batches[number % len(example.batches)], example.step_seed(number))
     run: JaxStepper = to_port(comparison, begun, at, None if leaf is None else (leaf, size, example.seed))
-    for number in range(at, STEPS):
+    for number in range(at, comparison.steps):
         batch = example.batches[number % len(example.batches)]
         found = run.step(batch, served[number]).values | port_stepped(run, begun, set())
         yield number - at, {f"to_port.step{number + 1}.{path}": value for path, value in found.items()}

@@ -11,7 +11,7 @@ import numpy as np
 from equivalence.judgement import Largest, Where
 from equivalence.numerics import DIFFERS, U64, Measure, accumulation, distance, expected, finite, rms, ulp_twin
 from equivalence.observation import Observation
-from equivalence.runs import CALLS, STEPS, Example, Run, buffers_of, stepped
+from equivalence.runs import CALLS, Example, Run, buffers_of, stepped
 
 if TYPE_CHECKING:
     from equivalence.comparison import Comparison
@@ -53,7 +53,7 @@ def _lost(comparison: Comparison, example: Example, base: Observation, run: Obse
     """The first step in which rounding decides an update, of a leaf that the outputs depend on: the steps after it
     are rounding's, not the model's. (Adam makes a step of the learning rate out of a gradient that is noise.)"""
     before = example.weights
-    for number in range(1, STEPS + 1):
+    for number in range(1, comparison.steps + 1):
         after = {leaf: base[f"step{number}.parameters.{leaf}"] for leaf in comparison.reference.subject.params}
         for leaf, value in after.items():
             moved, size = distance(run[f"step{number}.parameters.{leaf}"], value), distance(value, before[leaf])
@@ -64,7 +64,7 @@ def _lost(comparison: Comparison, example: Example, base: Observation, run: Obse
             ):
                 return number
         before = after
-    return STEPS
+    return comparison.steps
 
 
 def inert(comparison: Comparison, leaf: str) -> bool:
@@ -131,10 +131,10 @@ def _steps64(
     """Everything a float64 run of the reference's steps shows, its gradients jittered by `amplitude` x `noise`."""
     rng = np.random.default_rng((example.seed, seed))
     stepper = comparison.stepping_reference.stepper(
-        64, example.weights, comparison.optimizer, comparison.optimizer.rates(STEPS)
+        64, example.weights, comparison.optimizer, comparison.optimizer.rates(comparison.steps)
     )
     found: Observation = {}
-    for number in range(STEPS):
+    for number in range(comparison.steps):
         if noise is not None:
             scales = noise[number]
             stepper.jitter = lambda gradients, scales=scales: {
@@ -143,7 +143,7 @@ def _steps64(
                 if path in gradients
             }
         batch = example.batches[number % len(example.batches)]
-        with _rounding(None if noise is None else seed + STEPS * number, amplitude):
+        with _rounding(None if noise is None else seed + comparison.steps * number, amplitude):
             seen = stepper.step(batch, example.step_seed(number)).values | stepped(stepper)
         found |= {f"step{number + 1}.{path}": np.array(value) for path, value in seen.items()}
     return found

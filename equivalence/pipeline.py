@@ -116,6 +116,7 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
     for structure_ in source.structures(port):
         if first is None:
             first = work.first = structure_
+            work.conclusions.steps = structure_.comparison.steps
             if not _standing(work, structure_):
                 break
         if not any(work.wants(kind) for kind in ("observe", "state", "steps", "jit", "handover")):
@@ -153,12 +154,26 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
         more = f" (and {len(found) - 1} more paths)" if len(found) > 1 else ""
         text = f"{path}{more} differs at {kind} inputs and agrees beside them: a tie, a kink or a cancellation there"
         work.conclusions.caveat("tie", text, check=name)
+    _unseen_schedule(work, first)
     for note in source.notes(port):
         work.conclusions.caveat("translated", note)
     report = conclude(work.conclusions, port, first.reference, first.bound, source.reproduce.format(port=port))
     for check in report.checks:
         yield CheckFinished(port, check)
     yield PortFinished(port, report)
+
+
+def _unseen_schedule(work: Work, structure_: Structure) -> None:
+    """Say how much of a user's own schedule was seen; where it never moved, nothing is proven of it."""
+    pair, conclusions = structure_.comparison.optimizer, work.conclusions
+    if pair.first_move is None or not set(work.plan.checks) & {"step", "handover", "training"}:
+        return
+    seen_steps = conclusions.training["steps"] if conclusions.training else pair.steps
+    text = f"the scheduler was followed for {seen_steps} steps; what it does later was not seen"
+    if pair.first_move >= seen_steps:
+        conclusions.unseen = True
+        text = f"the scheduler first moves a rate at step {pair.first_move + 1}, and {seen_steps} steps were run"
+    conclusions.caveat("schedule", text, check="step")
 
 
 def _noise(comparison: Comparison, examples: dict[int, Example]) -> Noise:

@@ -53,6 +53,8 @@ def plant(work: Work, structure: Structure, decisions: Sequence[Decision]) -> It
             for check in faint:
                 if larger.get(check, np.inf) > GROWS * found[check]:
                     del found[check]
+        # what an optimizer keeps of an inert leaf shows nowhere but in that leaf, where rounding decides
+        found = {check: change for check, change in found.items() if check != "handover" or change < 1.0}
         for check, change in found.items():
             work.conclusions.noticed.setdefault(check, {})[leaf] = change
         yield Progress(work.port, "plants", number, len(leaves))

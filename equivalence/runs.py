@@ -11,8 +11,6 @@ import numpy as np
 from equivalence.numerics import Measure, measure
 from equivalence.observation import Batch, Observation
 
-STEPS = 5
-"""Optimizer steps that `step` and `optimizer_state` compare."""
 CALLS = 3
 """Training-mode calls that `state` compares."""
 
@@ -120,6 +118,8 @@ def port_stepped(stepper: Any, reference: Any, unmatched: set[str]) -> Observati
     state, fields = stepper.optimizer_state(), reference.fields()
     for slot, held in reference.optimizer_state().items():
         leaves = state.get(fields.get(slot, ""), {})
+        if stepper.other(reference.optimizer, fields.get(slot, "")):
+            leaves = {}
         if not leaves:
             unmatched.add(slot)
         shared = dict.fromkeys(held, leaves[""]) if "" in leaves else {}
@@ -127,3 +127,8 @@ def port_stepped(stepper: Any, reference: Any, unmatched: set[str]) -> Observati
             if path:
                 found[f"optimizer.{slot}.{path}"] = _counter(value) if slot == "step" else value
     return found
+
+
+def finite(leaves: Observation) -> bool:
+    """Whether every leaf is: what follows a NaN in the parameters is NaN too, at other places on either side."""
+    return all(bool(np.isfinite(value).all()) for value in leaves.values())

@@ -17,6 +17,7 @@ from equivalence.frameworks import adapt
 from equivalence.frameworks.subject import Subject
 from equivalence.observation import Batch, Observation
 from equivalence.optimizers import OptimizerPair, resolve
+from equivalence.optimizers.pairs import horizon
 from equivalence.runs import Example
 from equivalence.search import Trial
 from equivalence.spec import REFERENCE, BatchPlan, Spec, TrainingData
@@ -226,12 +227,16 @@ class SpecSource:
 
 
 def _own_pair(ours: Any, theirs: Any, config: Any) -> OptimizerPair:
+    import torch
+
+    made = ours.make_optimizer(config.learning_rate)([torch.nn.Parameter(torch.zeros(2, 1))])
     return OptimizerPair(
         OWN,
         "the implementations' own",
         config.learning_rate,
         lambda params, learning_rate: ours.make_optimizer(learning_rate)(params),
         theirs.make_optimizer,
+        steps=horizon(made),
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from equivalence.conclusion import Conclusions, concluded
 from equivalence.judgement import Decision, Finding
 from equivalence.numerics import Measure
-from equivalence.runs import STEPS
+from equivalence.optimizers.pairs import STEPS
 
 
 def decided(step: int) -> Decision:
@@ -20,7 +20,7 @@ def decided(step: int) -> Decision:
     ("last", "chaos", "verdict"), [(1, True, "inconclusive"), (STEPS, True, "equivalent"), (1, False, "equivalent")]
 )
 def test_steps_that_chaos_ended_everywhere_prove_nothing(last: int, chaos: bool, verdict: str) -> None:
-    conclusions = Conclusions(("step",), 1e-6, asked=False)
+    conclusions = Conclusions(("step",), 1e-6, asked=False, steps=STEPS)
     conclusions.take(decided(step) for step in range(1, last + 1))
     if chaos:
         conclusions.caveat("chaos", "rounding decides an update", check="step")

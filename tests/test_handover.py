@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -195,3 +196,46 @@ def test_a_translated_loss_says_so() -> None:
     report = judged("sgd", loss=torch.nn.HuberLoss(delta=0.5), checks=["loss"])
     report.assert_equivalent()
     assert any("HuberLoss was translated to JAX" in caveat.summary for caveat in report.reports[0].caveats)
+
+
+def test_radam_is_followed_until_it_rectifies() -> None:
+    """Its first five steps are SGD with momentum: that far, any eps and any threshold agree."""
+    reference = partial(torch.optim.RAdam, lr=0.05)
+    for wrong in (optax.radam(0.05, threshold=6.0), optax.radam(0.05, eps=1e-3)):
+        assert judged((reference, wrong)).check("step").verdict == "divergent"
+    assert judged(reference).verdict == "equivalent"
+
+
+def test_a_schedule_that_never_moved_is_not_proven() -> None:
+    def factory(period: int) -> Callable[[Any], Any]:
+        return scheduled(partial(torch.optim.SGD, lr=0.1), lambda o: SCHEDULES.StepLR(o, period, 0.5))
+
+    still = judged((factory(60), optax.sgd(0.1)))
+    assert still.verdict == "inconclusive"
+    assert [caveat.summary for caveat in still.reports[0].caveats if caveat.kind == "schedule"] == [
+        "the scheduler first moves a rate at step 61, and 5 steps were run"
+    ]
+    moving = optax.sgd(lambda count: 0.1 * 0.5 ** (count // 2))
+    followed = judged((factory(2), moving))
+    assert followed.verdict == "equivalent"
+    assert any("followed for 5 steps" in caveat.summary for caveat in followed.reports[0].caveats)
+
+
+def test_what_optax_keeps_otherwise_is_not_compared() -> None:
+    """optax.rmsprop's trace is -lr times torch's momentum: the steps are the same, the state is not a difference."""
+    reference = partial(torch.optim.RMSprop, lr=0.01, momentum=0.5)
+    port = optax.rmsprop(0.01, decay=0.99, eps_in_sqrt=False, momentum=0.5)
+    report = judged((reference, port), checks=["step", "optimizer_state"])
+    assert {check.verdict for check in report.reports[0].checks} == {"equivalent"}
+    assert any("momentum_buffer" in caveat.summary for caveat in report.reports[0].caveats)
+
+
+def test_what_follows_a_nan_on_both_sides_is_not_a_difference() -> None:
+    model = torch_mlp()
+    with torch.no_grad():
+        model.fc1.bias[2] = -50.0  # a dead unit: its gradients are zero, and 0 / 0 is NaN without eps
+    report = eq.verify(
+        model, NnxMLP(), (X,), optimizer=partial(torch.optim.Adam, eps=0.0), examples=1,
+        checks=["step", "optimizer_state", "handover"],
+    )  # fmt: skip
+    assert "divergent" not in {check.verdict for check in report.reports[0].checks}

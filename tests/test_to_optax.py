@@ -27,7 +27,7 @@ from equivalence.weights import Mapping, Rule
 from tests.agreement import Arrays, assert_agree
 from tests.rule_sides import part
 from tests.translated_cases import CASES, NETS, SCHEDULED, case_of
-from tests.translated_sides import draw, moved, port_side, torch_side
+from tests.translated_sides import Case, Port, TorchRun, draw, moved, port_side, seen_of, stepped, torch_side
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -57,6 +57,71 @@ def test_rates_that_move(what: str, seed: int) -> None:
     case = SCHEDULED[what]
     arrays = draw(case, seed)
     assert_agree(torch_side(case), port_side(case), arrays, moved(arrays))
+
+
+# --- any options, any shapes ------------------------------------------------------------------------------------------
+
+RATES, SMALL_NUMBERS, PARTS = st.floats(1e-3, 0.3), st.sampled_from([1e-8, 1e-3]), st.floats(0.1, 0.95)
+BETAS, DECAYS, FLAGS = st.tuples(PARTS, PARTS), st.sampled_from([0.0, 0.1]), st.booleans()
+ANY: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "SGD": {"momentum": st.sampled_from([0.0, 0.5, 0.9]), "dampening": DECAYS, "weight_decay": DECAYS},
+    "Adam": {"betas": BETAS, "eps": SMALL_NUMBERS, "weight_decay": DECAYS, "amsgrad": FLAGS, "maximize": FLAGS},
+    "AdamW": {"betas": BETAS, "weight_decay": DECAYS, "amsgrad": FLAGS},
+    "Adamax": {"betas": BETAS, "weight_decay": DECAYS},
+    "NAdam": {"betas": BETAS, "momentum_decay": PARTS, "decoupled_weight_decay": FLAGS, "weight_decay": DECAYS},
+    "RAdam": {"betas": BETAS, "decoupled_weight_decay": FLAGS, "weight_decay": DECAYS},
+    "Adadelta": {"rho": PARTS, "eps": SMALL_NUMBERS, "weight_decay": DECAYS},
+    "Adagrad": {"lr_decay": DECAYS, "eps": SMALL_NUMBERS, "weight_decay": DECAYS},
+    "RMSprop": {"alpha": PARTS, "momentum": st.sampled_from([0.0, 0.9]), "centered": FLAGS, "weight_decay": DECAYS},
+    "Rprop": {"etas": st.tuples(st.floats(0.2, 0.8), st.floats(1.1, 1.6))},
+    "ASGD": {"lambd": DECAYS, "alpha": PARTS, "t0": st.sampled_from([0.0, 1e6]), "weight_decay": DECAYS},
+}
+LEAF = {(): "", (0, 6): "a b", (5,): "a", (4, 4): "a b", (2, 4, 3): "a b c", (2, 3, 1, 5): "a b c d"}
+"""Shapes and their axes; few, for every one is compiled anew."""
+
+
+@st.composite
+def any_case(draw: st.DrawFn) -> Case:
+    """Two groups of one class with any options, of leaves of any shape with their axes in any order."""
+    name = draw(st.sampled_from(list(ANY)))
+    shapes = draw(st.lists(st.sampled_from(list(LEAF)), min_size=2, max_size=3, unique=True))
+    held, port, rules = {}, {}, []
+    for number, shape in enumerate(shapes):
+        axes = LEAF[shape].split()
+        order = draw(st.sampled_from([axes, axes[::-1]]))
+        held[f"p{number}"] = shape
+        port[f"q{number}"] = tuple(shape[axes.index(axis)] for axis in order)
+        rules.append(Rule(f"p{number}", f"q{number}", f"{LEAF[shape]} -> {' '.join(order)}" if axes else None))
+    options = st.fixed_dictionaries({"lr": RATES, **ANY[name]})
+    leaves = tuple(held)
+    return Case(name, {}, ((leaves[:1], draw(options)), (leaves[1:], draw(options))), held, port, tuple(rules))
+
+
+@settings(max_examples=6)
+@given(case=any_case(), seed=SEEDS)
+def test_any_options_and_shapes(case: Case, seed: int) -> None:
+    steps = 3
+
+    def reference(bits: int, arrays: Arrays) -> Arrays:
+        with torch_environment.environment(64, threads=1):
+            return seen_of(case, arrays, stepped(TorchRun(case, arrays), 0, steps))
+
+    def port(bits: int, arrays: Arrays) -> Arrays:
+        made, found = Port(case, 64), {}
+        with jax_runtime.environment(64):
+            params = jax.tree.map(jnp.asarray, case.tree(part(arrays, "params")))
+            state = made.transform.init(params)
+            for number in range(steps):
+                held = [name for name in case.shapes if arrays[f"received.{name}"][number]]
+                received = {name: arrays[f"gradients.{name}"][number] for name in held}
+                gradients = dict.fromkeys(case.port) | case.layout.forward(received)
+                changes, state = made.transform.update(gradients, state, params)
+                params = optax.apply_updates(params, changes)
+                found[number] = made.seen(params, state)
+        return seen_of(case, arrays, found)
+
+    arrays = {k: v.astype(np.float64) if v.dtype.kind == "f" else v for k, v in draw(case, seed).items()}
+    assert_agree(reference, port, arrays, moved(arrays))
 
 
 # --- one step in any surroundings -------------------------------------------------------------------------------------

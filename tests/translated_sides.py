@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -215,11 +216,19 @@ class Port:
         params, slots = jax.tree.map(np.asarray, (by_path(seen), slots))
         found: dict[int, dict[str, np.ndarray]] = {}
         for number in range(first, last):
-            back = self.case.layout.backward({leaf: rows[number] for leaf, rows in params.items()}, gradient=False)
-            found[number] = {f"{name}.param": value for name, value in back.items()}
-            for slot, leaves in slots.items():
-                found[number] |= {f"{name}.{slot}": rows[number] for name, rows in leaves.items() if name}
+            now = ({path: rows[number] for path, rows in params.items()}, jax.tree.map(itemgetter(number), slots))
+            found[number] = self._seen(*now)
         return carry, found
+
+    def seen(self, params: Any, state: Any) -> dict[str, np.ndarray]:
+        """What is seen of parameters and state, in torch's terms."""
+        return self._seen(*jax.tree.map(np.asarray, (by_path(params), self._slots(state))))
+
+    def _seen(self, params: Any, slots: Any) -> dict[str, np.ndarray]:
+        found = {f"{name}.param": v for name, v in self.case.layout.backward(params, gradient=False).items()}
+        for slot, leaves in slots.items():
+            found |= {f"{name}.{slot}": value for name, value in leaves.items() if name}
+        return found
 
     def _received(self, received: Arrays) -> Any:
         if self.case.name != "SparseAdam":

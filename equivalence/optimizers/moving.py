@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +115,7 @@ class Mover:
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        wanted = moving(self.torch, self.layout)
+        wanted = dict.fromkeys(moving(self.torch, self.layout))
         slots = dict.fromkeys(slot for name in wanted for slot in self.torch.slots[name])
         held = {slot: self.torch.held(slot) for slot in slots}
         self._held = {slot: {name: v for name, v in found.items() if name in wanted} for slot, found in held.items()}
@@ -145,7 +146,7 @@ class Mover:
             self._moved[slot] = self.layout.forward(self._completed(slot), gradient=how.kind != "value")
         return self._fitting(entry, slot, self._moved[slot].get(entry.leaf))
 
-    def _names(self, entry: Entry) -> list[str]:
+    def _names(self, entry: Entry) -> Iterable[str]:
         """The torch parameters that an array is about."""
         if entry.own:
             return [entry.leaf]

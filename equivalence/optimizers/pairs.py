@@ -6,6 +6,7 @@ the learning rate moves is seen. Where the port's side is not the user's own, it
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,12 @@ from equivalence.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from equivalence.weights import Bound
+
+
+STEPS = 5
+"""Optimizer steps that `step`, `optimizer_state` and `handover` compare, where the rule does not need more."""
+LOOKS_AHEAD = 2000
+"""Steps within which a scheduler's first move is looked for."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,10 @@ class OptimizerPair:
     changes_rate: bool = True
     note: str | None = None
     scheduler: Callable[[Any], Any] | None = None
+    steps: int = STEPS
+    """Optimizer steps after which all of its rule has been at work."""
+    first_move: int | None = None
+    """The first step at which the user's scheduler moves a rate that the user's own transformation must move too."""
 
     def rates(self, steps: int) -> list[float]:
         """The learning rate of each step: representable in float32, moving up and down when the pair allows it."""
@@ -86,7 +97,7 @@ def _pair(name: str, summary: str, rate: float, kind: str, **options: Any) -> Op
 
         return getattr(torch.optim, kind)(params, lr=learning_rate, **options)
 
-    return OptimizerPair(name, summary, rate, reference)
+    return OptimizerPair(name, summary, rate, reference, steps=7 if kind == "RAdam" else STEPS)
 
 
 PAIRS: dict[str, OptimizerPair] = {
@@ -148,10 +159,19 @@ def resolve(optimizer: Any) -> OptimizerPair:
         factory, transformation = optimizer
         if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
             raise InputError("optimizer=(torch factory, Optax transformation): the second has no init and update")
-        rate = float(_probe(factory)[0].param_groups[0]["lr"])
+        probed, its_scheduler = _probe(factory)
+        rate, steps = float(probed.param_groups[0]["lr"]), horizon(probed)
         reference, scheduler = _sides(factory)
         return OptimizerPair(
-            "yours", "your own pair", rate, reference, lambda _: transformation, False, None, scheduler
+            "yours",
+            "your own pair",
+            rate,
+            reference,
+            lambda _: transformation,
+            changes_rate=False,
+            scheduler=scheduler,
+            steps=steps,
+            first_move=first_move(probed, its_scheduler),
         )
     if callable(optimizer):
         return _read(optimizer)
@@ -161,15 +181,45 @@ def resolve(optimizer: Any) -> OptimizerPair:
     )
 
 
+def horizon(optimizer: Any) -> int:
+    """Steps after which all of an optimizer's rule has been at work: RAdam rectifies from its sixth on, or later."""
+    if type(optimizer).__name__ != "RAdam":
+        return STEPS
+    from equivalence.optimizers.rules.adam_corrections import first_rectified
+
+    return max([STEPS, *(1 + (first_rectified(group["betas"][1]) or 0) for group in optimizer.param_groups)])
+
+
+def first_move(optimizer: Any, scheduler: Any) -> int | None:
+    """The first count at which a scheduler moves any group's rate, or None where it does not within a long while."""
+    if scheduler is None:
+        return None
+
+    def rates() -> list[Any]:
+        return [(float(g["lr"]), g.get("momentum"), g.get("betas")) for g in optimizer.param_groups]
+
+    start = rates()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch warns of a scheduler stepped before its optimizer
+        for count in range(1, LOOKS_AHEAD):
+            try:
+                scheduler.step()
+            except ValueError:  # a OneCycleLR that is through
+                return None
+            if rates() != start:
+                return count
+    return None
+
+
 def _probe(factory: Callable[..., Any]) -> tuple[Any, Any]:
-    """`(optimizer, scheduler or None)` of a factory, on one small matrix."""
+    """`(optimizer, scheduler or None)` of a factory, on a few small matrices."""
     import torch
 
-    given = torch.nn.Parameter(torch.zeros(2, 1))
+    given = [torch.nn.Parameter(torch.zeros(2, columns)) for columns in (1, 2, 3, 4)]
     try:
-        made = factory([given])
+        made = factory(list(given))
     except Exception as error:
-        raise InputError(f"the torch optimizer factory fails on one parameter: {error}") from None
+        raise InputError(f"the torch optimizer factory fails on a few small matrices: {error}") from None
     optimizer, scheduler = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(
@@ -179,7 +229,7 @@ def _probe(factory: Callable[..., Any]) -> tuple[Any, Any]:
         raise InputError(
             f"a torch optimizer factory returns (optimizer, scheduler), the second is not {type(scheduler).__name__}"
         )
-    if any(parameter is not given for parameter in _params(optimizer)):
+    if not {id(p) for p in _params(optimizer)} <= {id(p) for p in given}:
         raise InputError(
             "the torch optimizer factory makes an optimizer of other parameters than it is given: verify trains a copy"
             " of the model, so write lambda params: torch.optim.Adam(params)"
@@ -223,7 +273,8 @@ def _read(factory: Callable[..., Any]) -> OptimizerPair:
     reference, made = _sides(factory)
     rate = float(optimizer.param_groups[0]["lr"])
     moves = made is None and len({float(group["lr"]) for group in optimizer.param_groups}) == 1
-    return OptimizerPair(kind.lower(), f"{kind}, translated", rate, reference, None, moves, note, made)
+    named = kind.lower(), f"{kind}, translated"
+    return OptimizerPair(*named, rate, reference, None, moves, note, made, horizon(optimizer))
 
 
 def _params(optimizer: Any) -> list[Any]:

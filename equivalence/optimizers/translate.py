@@ -92,18 +92,23 @@ def named(model: Any) -> dict[int, str]:
 
 def bound_to(names: Names | None, mapping: Any, shapes: Shapes) -> Layout:
     """A mapping bound to torch's parameters and the port's; one inferred from names where none is given."""
+    assert_mapping(mapping)
     if isinstance(mapping, Bound):
         return Layout(mapping)
     if names is None:
         return Layout.named_alike(shapes)
     target = Leaves(dict(shapes))
     if mapping is not None:
-        if not isinstance(mapping, Rules):
-            raise InputError(f"mapping= takes an equivalence Mapping, not {type(mapping).__name__}")
         return Layout(mapping.about(names.leaves, target).bind(names.leaves, target))
     if names.leaves.shapes == dict(shapes):
         return Layout.named_alike(shapes)
     return Layout(infer(names.leaves, target, names.layers).bind(names.leaves, target))
+
+
+def assert_mapping(mapping: Any) -> None:
+    """Raise InputError for what is no mapping."""
+    if not (mapping is None or isinstance(mapping, Rules | Bound)):
+        raise InputError(f"mapping= takes an equivalence Mapping, not {type(mapping).__name__}")
 
 
 def to_optax(
@@ -154,6 +159,7 @@ def translation(
     """What `to_optax` reads off an optimizer, whose parameters' names are known by identity. Raises as it does."""
     rule = rule_of(optimizer)
     assert_steps(every)
+    assert_mapping(mapping)
     held = _held(optimizer, known)
     if names is None and (len(held) > 1 or rule.in_reference_layout):
         why = "has several parameter groups" if len(held) > 1 else "depends on the order of axes"

@@ -29,9 +29,9 @@ HEAD = """# The dictionary of training
 What torch calls it, what one would write in JAX, what quietly differs, and how far apart the two end. A *gap* is
 measured in float64, relative, and 0 where every bit is the same: of an optimizer, the distance between the parameters
 after 50 steps of random gradients (LBFGS: three of a smooth loss), in units of the distance that torch went; of a
-schedule, the largest difference over 120 counts, in units of the largest rate; of a loss, the larger of the differences of value and gradient. *Ours* is
-the translation of this package; what rounding alone may make of its gap stands behind it, in brackets. Measured with
-VERSIONS, on a CPU. This page is generated: `python -m equivalence.report.dictionary`.
+schedule, the largest difference over 120 counts, in units of the largest rate; of a loss, the larger of the differences
+of value and gradient. *Ours* is the translation of this package; what rounding alone may make of its gap stands behind
+it, in brackets. Measured with VERSIONS, on a CPU. This page is generated: `python -m equivalence.report.dictionary`.
 
 ## Going on in JAX, and back
 

@@ -13,7 +13,7 @@ import optax
 from equivalence.frameworks.subject import Flat, call
 from equivalence.observation import Batch, Observation, Seen
 from equivalence.optimizers import OptimizerPair
-from equivalence.optimizers.trees import Layout, slots_in_reference
+from equivalence.optimizers.trees import Layout, entries, slots_in_reference
 from equivalence.randomness import Draw, assert_same_draws
 from equivalence.runtimes.draws import draws_of, with_draws
 from equivalence.runtimes.jax import JaxRunner, array, environment, host
@@ -146,7 +146,11 @@ def _lifted(inner: Any) -> optax.GradientTransformationExtraArgs:
         state = jax.tree_util.tree_map(wide, inner.init(params))
         zeros = jax.tree_util.tree_map(jnp.zeros_like, params)
         extra = {"value": 0.0, "grad": zeros, "value_fn": optax.tree.sum}
-        after = jax.eval_shape(lambda held: inner.update(zeros, held, params, **extra)[1], state)
+        try:
+            after = jax.eval_shape(lambda held: inner.update(zeros, held, params, **extra)[1], state)
+        except TypeError:
+            # branches that make counters of their own in int32 (reduce_on_plateau) need them to be held so
+            return inner.init(params)
         return jax.tree_util.tree_map(settled, state, after)
 
     return optax.GradientTransformationExtraArgs(init, inner.update)
@@ -191,6 +195,14 @@ class JaxStepper:
         with environment(self.bits):
             state = self.program.optimizer(self.carry)
             self.carry = self.program.with_optimizer(self.carry, optimizer(state, runner.subject.params))
+
+    def other(self, optimizer: Any, field: str) -> bool:
+        """Whether a field of this state holds something else than the torch optimizer keeps under that name."""
+        from equivalence.optimizers.moving import NOT_THE_SAME
+
+        found = entries(self.state(), self.program.runner.subject.params)
+        owners = {entry.owner for entry in found if entry.field == field and not entry.translated}
+        return any((type(optimizer).__name__, owner, field) in NOT_THE_SAME for owner in owners)
 
     def state(self) -> Any:
         """The Optax state now."""
