@@ -220,10 +220,6 @@ class Port:
             found[number] = self._seen(*now)
         return carry, found
 
-    def seen(self, params: Any, state: Any) -> dict[str, np.ndarray]:
-        """What is seen of parameters and state, in torch's terms."""
-        return self._seen(*jax.tree.map(np.asarray, (by_path(params), self._slots(state))))
-
     def _seen(self, params: Any, slots: Any) -> dict[str, np.ndarray]:
         found = {f"{name}.param": v for name, v in self.case.layout.backward(params, gradient=False).items()}
         for slot, leaves in slots.items():

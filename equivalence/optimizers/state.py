@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from equivalence.errors import InputError
+from equivalence.optimizers.lbfgs_moving import filled, given
 from equivalence.optimizers.moving import RESTING, Mover, moving, scheduled, steps_taken, stranger
 from equivalence.optimizers.plateau import PlateauState, load_state, state_of
-from equivalence.optimizers.torch_side import Torch, holds, kind_of, past, step_on
+from equivalence.optimizers.torch_side import Torch, past, step_on
 from equivalence.optimizers.translate import Names, assert_steps, bound_to, is_plateau, is_torch, named
 from equivalence.optimizers.translated import TranslatedState, assert_real
 from equivalence.optimizers.trees import (
@@ -26,6 +28,7 @@ from equivalence.optimizers.trees import (
     Layout,
     by_path,
     entries,
+    nodes,
     shapes_of,
     slots_in_reference,
 )
@@ -111,14 +114,9 @@ def _read(
     if is_torch(scheduler) and scheduler.optimizer is not optimizer:
         raise InputError("scheduler= moves another optimizer than this one")
     assert_real(flat)
-    masked = jax.tree_util.tree_leaves(params, is_leaf=_masked)
-    if any(map(_masked, masked)):
+    if nodes(params, optax.MaskedNode):
         names = names.only(frozenset(torch.params))
     return torch, flat, bound_to(names, mapping, shapes_of(flat))
-
-
-def _masked(node: Any) -> bool:
-    return type(node).__name__ == "MaskedNode"
 
 
 def moved_state(
@@ -136,7 +134,7 @@ def moved_state(
     state = jax.tree_util.tree_unflatten(
         jax.tree_util.tree_structure(template), [mover.value(entry) for entry in entries(template, flat)]
     )
-    plateaus = _nodes(template, PlateauState)
+    plateaus = nodes(template, PlateauState)
     if plateaus and not is_plateau(scheduler):
         mover.problems.append("it follows a ReduceLROnPlateau: pass scheduler=, which says where that is")
     mover.finish()
@@ -147,26 +145,10 @@ def moved_state(
         if not isinstance(node, TranslatedState):
             return node
         if torch.rule.whole:
-            node = node._replace(whole=_filled(node.whole, torch, layout))
+            node = node._replace(whole=filled(node.whole, torch, layout))
         return node if node.plateau == () else node._replace(plateau=whole(node.plateau))
 
     return jax.tree_util.tree_map(whole, state, is_leaf=lambda n: isinstance(n, TranslatedState | PlateauState))
-
-
-def _nodes(state: Any, kind: type) -> list[Any]:
-    """The nodes of a type in a state."""
-    found = jax.tree_util.tree_leaves(state, is_leaf=lambda node: isinstance(node, kind))
-    return [node for node in found if isinstance(node, kind)]
-
-
-def _filled(template: Any, torch: Torch, layout: Layout) -> Any:
-    """LBFGS's state with torch's in it."""
-    from equivalence.optimizers.lbfgs_slots import fill, moved, read
-
-    slots = moved(read(torch.optimizer, tuple(torch.params)), layout.forward)
-    if lost := _lost(slots, {leaf: array.dtype for leaf, array in by_path(template.d).items()}):
-        raise InputError(f"the state of LBFGS does not fit: {'; '.join(lost)}")
-    return fill(template, slots)
 
 
 def put_state(
@@ -188,7 +170,7 @@ def put_state(
     else:
         put_scheduler = _stepped(scheduler, taken, every, problems)
     if torch.rule.whole:
-        put = _whole(torch, on_host, layout, problems)
+        put = given(torch, on_host, layout, problems)
     else:
         put = _leafwise(
             torch, slots_in_reference(on_host, layout, shapes_of(flat), _values(torch)), layout, taken, problems
@@ -237,7 +219,7 @@ def _unfit(state: Any, held: list[Entry], torch: Torch, layout: Layout) -> list[
 
 def _plateau(scheduler: Any, state: Any, problems: list[str]) -> Callable[[], None]:
     """How a ReduceLROnPlateau is put where an Optax state is."""
-    found = _nodes(state, PlateauState)
+    found = nodes(state, PlateauState)
     if not found:
         problems.append("it follows no ReduceLROnPlateau, so that the scheduler cannot go on from it")
     elif found[0].lr.shape != (len(scheduler.optimizer.param_groups),):
@@ -256,38 +238,6 @@ def _stepped(scheduler: Any, taken: int | None, every: int, problems: list[str])
     elif (late := past(scheduler, taken // every)) is not None:
         problems.append(late)
     return lambda: step_on(scheduler, (taken or 0) // every)
-
-
-def _whole(torch: Torch, state: Any, layout: Layout, problems: list[str]) -> Callable[[], None]:
-    """How LBFGS is given its state."""
-    from equivalence.optimizers.lbfgs_slots import HISTORIES, VECTORS, moved, slots_of_state, write
-
-    found = [node.whole for node in _nodes(state, TranslatedState) if node.whole != ()]
-    if not found:
-        problems.append("LBFGS goes on from the state of to_optax(LBFGS): Optax's own keeps other things")
-        return lambda: None
-    slots = moved(slots_of_state(found[0]), layout.backward)
-    for slot in {*VECTORS, *HISTORIES} & set(slots):
-        # a frozen parameter has its place in torch's vectors, and nothing in it
-        length = () if slot in VECTORS else (len(slots["ro"]),)
-        still = {name: np.zeros((*length, *p.shape)) for name, p in torch.params.items() if not p.requires_grad}
-        slots[slot] = still | slots[slot]
-    rate = torch.optimizer.param_groups[0]["lr"]
-    if "t" in slots and isinstance(rate, float) and slots["t"].dtype.type(rate) == slots["t"]:
-        slots["t"] = rate  # as torch has it where no search found another: a Python float
-    problems += _lost(slots, {name: kind_of(parameter) for name, parameter in torch.params.items()})
-    return lambda: write(torch.optimizer, tuple(torch.params), slots)
-
-
-def _lost(slots: Mapping[str, Any], kinds: Mapping[str, Any]) -> list[str]:
-    """LBFGS's vectors that other dtypes cannot hold."""
-    return [
-        f"{leaf}: {slot} is {array.dtype}, which {kinds[leaf]} cannot hold"
-        for slot, leaves in slots.items()
-        if isinstance(leaves, dict)
-        for leaf, array in leaves.items()
-        if leaf in kinds and not holds(kinds[leaf], array)
-    ]
 
 
 def _leafwise(

@@ -171,6 +171,8 @@ def translation(
     moving, plateau = _scheduled(optimizer, scheduler)
     options = [_options(rule, optimizer, number) for number in range(len(held))]
     groups = tuple(Group(*of_group) for of_group in zip(options, held, moving, strict=True))
+    for group in groups:
+        rule.make(group.options)  # refuses now what it would refuse at the first step
     held_names = frozenset(name for of_group in held for name in of_group or ())
     place = partial(_place, names, mapping, held_names)
     return Translation(rule, groups, names.frozen if names else frozenset(), place, every, plateau)

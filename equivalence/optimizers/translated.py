@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from equivalence.errors import InputError
-from equivalence.optimizers.trees import Flat, Layout, Shapes, by_path, like, shapes_of
+from equivalence.optimizers.trees import Flat, Layout, Shapes, by_path, like, nodes, shapes_of
 
 if TYPE_CHECKING:
     from equivalence.optimizers.rules.common import Rule
@@ -146,10 +146,7 @@ class Translation:
         """The plan for a tree of parameters. Raises MappingError where they are not torch's, InputError where the rule
         cannot move them."""
         flat = by_path(params)
-        masked = any(
-            isinstance(node, optax.MaskedNode)
-            for node in jax.tree_util.tree_leaves(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
-        )
+        masked = bool(nodes(params, optax.MaskedNode))
         key = (tuple(shapes_of(flat).items()), masked)
         if key not in self._plans:
             self._plans[key] = self._planned(flat, masked)

@@ -72,6 +72,12 @@ def _step(key: Any) -> str:
     return str(next((getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)), key))
 
 
+def nodes(tree: Any, kind: type) -> list[Any]:
+    """The nodes of a type in a tree."""
+    found = jax.tree_util.tree_leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in found if isinstance(node, kind)]
+
+
 @dataclass(frozen=True)
 class Entry:
     """One array of an Optax state: the field that holds it, the leaf it belongs to, the state that owns the field.
