@@ -94,6 +94,24 @@ LISTED = (
 NAMES = {"optimizers": "Names for verify --optimizer", "losses": "Names for verify(loss=...)"}
 
 
+TAIL = """## What is not covered
+
+- Muon iterates in bfloat16, whose sums a kernel rounds in an order of its own. Matrices up to about 16 x 16 take torch's
+  steps to the bit; larger ones part by ulps of bfloat16, as torch's do from torch's without oneDNN (1.1e-5 in a
+  256 x 512 parameter after ten steps of 0.02). No precision makes this smaller, so `verify` reports it.
+- SparseAdam moves the rows that torch's sparse gradient holds. JAX's gradients are dense: say which rows by `received=`.
+  Gradients sparse in more than their first axis are refused.
+- LBFGS evaluates the model several times a step: in `verify` it takes models without dropout and without buffers.
+- torch refuses some values at run time (labels out of range, probabilities beyond 1); a compiled JAX function cannot, and
+  returns NaN.
+- XLA drops subnormal numbers on CPUs, torch keeps them.
+- Complex parameters, optimizers and schedulers of other people's classes, and step hooks are refused: their effect
+  cannot be read.
+- `optax.MultiSteps` accumulates in float32, also in a float64 run, so a right port that uses it is reported:
+  `eq.optimizers.accumulate` does not.
+"""
+
+
 def page(figures: Figures) -> str:
     """The whole page, with these figures. Raises InputError for a line that has none."""
     parts = [HEAD.replace("VERSIONS", ", ".join(f"{name} {version}" for name, version in figures.versions.items()))]
@@ -103,6 +121,7 @@ def page(figures: Figures) -> str:
         if called := "\n".join(_called(lines)):
             parts.append(f"{called}\n")
     parts.append(f"## Around the step\n\n{AROUND_WORDS}\n\n{_around()}\n")
+    parts.append(TAIL)
     return "\n".join(parts)
 
 
