@@ -96,14 +96,14 @@ NAMES = {"optimizers": "Names for verify --optimizer", "losses": "Names for veri
 
 TAIL = """## What is not covered
 
-- Muon iterates in bfloat16, whose sums a kernel rounds in an order of its own. Matrices up to about 16 x 16 take torch's
-  steps to the bit; larger ones part by ulps of bfloat16, as torch's do from torch's without oneDNN (1.1e-5 in a
-  256 x 512 parameter after ten steps of 0.02). No precision makes this smaller, so `verify` reports it.
-- SparseAdam moves the rows that torch's sparse gradient holds. JAX's gradients are dense: say which rows by `received=`.
-  Gradients sparse in more than their first axis are refused.
+- Muon iterates in bfloat16, whose sums a kernel rounds in an order of its own. Matrices up to about 16 x 16 take
+  torch's steps to the bit; larger ones part by ulps of bfloat16, as torch's do from torch's without oneDNN (1.1e-5 in
+  a 256 x 512 parameter after ten steps of 0.02). No precision makes this smaller, so `verify` reports it.
+- SparseAdam moves the rows that torch's sparse gradient holds. JAX's gradients are dense: say which rows by
+  `received=`. Gradients sparse in more than their first axis are refused.
 - LBFGS evaluates the model several times a step: in `verify` it takes models without dropout and without buffers.
-- torch refuses some values at run time (labels out of range, probabilities beyond 1); a compiled JAX function cannot, and
-  returns NaN.
+- torch refuses some values at run time (labels out of range, probabilities beyond 1); a compiled JAX function cannot,
+  and returns NaN.
 - XLA drops subnormal numbers on CPUs, torch keeps them.
 - Complex parameters, optimizers and schedulers of other people's classes, and step hooks are refused: their effect
   cannot be read.
