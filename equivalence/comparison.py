@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from equivalence.checks import REGISTRY
 from equivalence.judgement import Finding, Where
 from equivalence.noise import noise
@@ -212,6 +214,15 @@ class Comparison:
             for slot, leaves in stepper.optimizer_state().items():
                 found |= {f"optimizer.{names.get(slot, slot)}.{p}": v for p, v in leaves.items() if p}
             yield {f"step{number + 1}.{path}": value for path, value in found.items()}
+
+    def first_move(self, example: Example, steps: int, ahead: int) -> int | None:
+        """The first count at which the port's schedules make another step than at 0: within `steps` the very one, after
+        them one at or behind it, up to `ahead`; None where they do not."""
+        from equivalence.runtimes.jax_steps import JaxStepper
+
+        counts = [*range(1, steps), *np.unique(np.geomspace(steps, ahead, 24).astype(int)).tolist()]
+        moved = JaxStepper(self.program(64), example.port_weights).moved_at(counts)
+        return next((count for count, move in zip(counts, moved, strict=True) if move), None)
 
     def served(self, example: Example) -> list[Seen]:
         """The draws of the reference's steps: kept from the last time they were asked for this example."""

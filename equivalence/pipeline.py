@@ -22,6 +22,7 @@ from equivalence.errors import DrawsDiffer, EquivalenceError, InputError, Unsupp
 from equivalence.events import CheckFinished, Event, Finished, PortFinished, PortStarted, Progress, Started
 from equivalence.handover import handed_over
 from equivalence.judgement import Decision, Judge, Noise
+from equivalence.optimizers.pairs import LOOKS_AHEAD, YOURS
 from equivalence.plants import plant
 from equivalence.runs import Example
 from equivalence.spec import TrainingData
@@ -164,16 +165,21 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
 
 
 def _unseen_schedule(work: Work, structure_: Structure) -> None:
-    """Say how much of a user's own schedule was seen; where it never moved, nothing is proven of it."""
-    pair, conclusions = structure_.comparison.optimizer, work.conclusions
-    if pair.first_move is None or not set(work.plan.checks) & {"step", "handover", "training"}:
+    """Say how much of a user's own schedules was seen; where one first moves after that, nothing is proven of it."""
+    comparison, conclusions = structure_.comparison, work.conclusions
+    pair = comparison.optimizer
+    if pair.name != YOURS or conclusions.diverged or not set(work.plan.checks) & {"step", "handover", "training"}:
         return
-    seen_steps = conclusions.training["steps"] if conclusions.training else pair.steps
-    text = f"the scheduler was followed for {seen_steps} steps; what it does later was not seen"
-    if pair.first_move >= seen_steps:
-        conclusions.unseen = True
-        text = f"the scheduler first moves a rate at step {pair.first_move + 1}, and {seen_steps} steps were run"
-    conclusions.caveat("schedule", text, check="step")
+    steps = conclusions.training["steps"] if conclusions.training else pair.steps
+    theirs = comparison.first_move(structure_.examples[0], steps, LOOKS_AHEAD)
+    for side, move in (("scheduler", pair.first_move), ("port's schedule", theirs)):
+        if move is not None and move >= steps:
+            conclusions.unseen = True
+            text = f"the {side} first moves a rate after step {steps}, and {steps} steps were run"
+            conclusions.caveat("schedule", text, check="step")
+        elif move is not None:
+            text = f"the {side} was followed for {steps} steps; what it does later was not seen"
+            conclusions.caveat("schedule", text, check="step")
 
 
 def _noise(comparison: Comparison, examples: dict[int, Example]) -> Noise:

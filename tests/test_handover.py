@@ -213,7 +213,7 @@ def test_a_schedule_that_never_moved_is_not_proven() -> None:
     still = judged((factory(60), optax.sgd(0.1)))
     assert still.verdict == "inconclusive"
     assert [caveat.summary for caveat in still.reports[0].caveats if caveat.kind == "schedule"] == [
-        "the scheduler first moves a rate at step 61, and 5 steps were run"
+        "the scheduler first moves a rate after step 5, and 5 steps were run"
     ]
     moving = optax.sgd(lambda count: 0.1 * 0.5 ** (count // 2))
     followed = judged((factory(2), moving))
@@ -239,3 +239,12 @@ def test_what_follows_a_nan_on_both_sides_is_not_a_difference() -> None:
         checks=["step", "optimizer_state", "handover"],
     )  # fmt: skip
     assert "divergent" not in {check.verdict for check in report.reports[0].checks}
+
+
+def test_a_schedule_of_the_port_alone_that_never_moved_is_not_proven() -> None:
+    constant = partial(torch.optim.SGD, lr=0.1)
+    late = judged((constant, optax.sgd(optax.piecewise_constant_schedule(0.1, {60: 0.1}))))
+    assert late.verdict == "inconclusive"
+    assert any("the port's schedule first moves a rate" in caveat.summary for caveat in late.reports[0].caveats)
+    assert judged((constant, optax.sgd(optax.constant_schedule(0.1)))).verdict == "equivalent"
+    assert judged((constant, optax.sgd(0.1))).verdict == "equivalent"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 STEPS = 5
 """Optimizer steps that `step`, `optimizer_state` and `handover` compare, where the rule does not need more."""
+YOURS = "yours"
+"""The name of a pair that the user handed in, both sides."""
 LOOKS_AHEAD = 2000
 """Steps within which a scheduler's first move is looked for."""
 
@@ -163,7 +165,7 @@ def resolve(optimizer: Any) -> OptimizerPair:
         rate, steps = float(probed.param_groups[0]["lr"]), horizon(probed)
         reference, scheduler = _sides(factory)
         return OptimizerPair(
-            "yours",
+            YOURS,
             "your own pair",
             rate,
             reference,

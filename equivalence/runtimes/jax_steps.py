@@ -13,7 +13,7 @@ import optax
 from equivalence.frameworks.subject import Flat, call
 from equivalence.observation import Batch, Observation, Seen
 from equivalence.optimizers import OptimizerPair
-from equivalence.optimizers.trees import Layout, entries, slots_in_reference
+from equivalence.optimizers.trees import STEPS_TAKEN, Layout, entries, slots_in_reference
 from equivalence.randomness import Draw, assert_same_draws
 from equivalence.runtimes.draws import draws_of, with_draws
 from equivalence.runtimes.jax import JaxRunner, array, environment, host
@@ -98,8 +98,12 @@ class StepProgram:
 
     def params(self, carry: Any) -> Flat:
         """The parameters in a carry, in the reference's terms."""
-        flat = self._own.params(carry) if self._own is not None else carry["params"]
-        return self.runner.back(flat)
+        return self.runner.back(self.port_params(carry))
+
+    def port_params(self, carry: Any) -> Flat:
+        """The parameters in a carry, in the port's terms."""
+        flat: Flat = self._own.params(carry) if self._own is not None else carry["params"]
+        return flat
 
     def outputs(self, carry: Any, inputs: Any) -> Any:
         """What the model in a carry returns in eval mode."""
@@ -177,6 +181,8 @@ class JaxStepper:
         self._seen: dict[str, Any] = {}
         with environment(self.bits):
             self.carry = program.start(program.runner._given(weights, self.bits))
+        held = entries(self.state(), program.runner.subject.params)
+        self._owners = {(entry.owner, entry.field) for entry in held if not entry.translated}
 
     def step(self, batch: Batch, reference: Seen) -> Seen:
         """One step, fed the draws that the reference's step was served. Raises DrawsDiffer where it asks for others."""
@@ -200,9 +206,29 @@ class JaxStepper:
         """Whether a field of this state holds something else than the torch optimizer keeps under that name."""
         from equivalence.optimizers.moving import NOT_THE_SAME
 
-        found = entries(self.state(), self.program.runner.subject.params)
-        owners = {entry.owner for entry in found if entry.field == field and not entry.translated}
-        return any((type(optimizer).__name__, owner, field) in NOT_THE_SAME for owner in owners)
+        kind = type(optimizer).__name__
+        return any((kind, *place) in NOT_THE_SAME for place in self._owners if place[1] == field)
+
+    def moved_at(self, counts: Sequence[int]) -> list[bool]:
+        """Whether the schedules of the transformation, set to each of these counts, make another change than at 0."""
+        runner, program = self.program.runner, self.program
+        with environment(self.bits):
+            flat = program.port_params(self.carry)
+            params, structure = runner.subject.native(flat), jax.tree_util.tree_structure(self.state())
+            ones = jax.tree_util.tree_map(jnp.ones_like, params)
+            held = list(entries(self.state(), flat))
+
+            def size(count: Any) -> Any:
+                places = [STEPS_TAKEN.get(entry.owner) == entry.field for entry in held]
+                arrays = [
+                    count.astype(e.array.dtype) if place else e.array for e, place in zip(held, places, strict=True)
+                ]
+                state = jax.tree_util.tree_unflatten(structure, arrays)
+                extra = {"value": 0.0, "grad": ones, "value_fn": optax.tree.sum}
+                return optax.tree.norm(program.transformation.update(ones, state, params, **extra)[0])
+
+            found = [float(size_) for size_ in map(jax.jit(size), map(jnp.asarray, (0, *counts)))]
+        return [one != found[0] for one in found[1:]]
 
     def state(self) -> Any:
         """The Optax state now."""
