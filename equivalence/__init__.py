@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from equivalence.frameworks.function import function
     from equivalence.frameworks.linen import linen
+    from equivalence.layers.translation import translate
     from equivalence.optimizers.schedules import to_schedule
     from equivalence.optimizers.state import load_optimizer_state, optimizer_state
     from equivalence.optimizers.translate import to_optax
@@ -54,6 +55,7 @@ __all__ = [
     "optimizers",
     "to_optax",
     "to_schedule",
+    "translate",
     "verify",
 ]
 
@@ -75,6 +77,7 @@ _HOMES = {
     "optimizer_state": "equivalence.optimizers.state",
     "to_optax": "equivalence.optimizers.translate",
     "to_schedule": "equivalence.optimizers.schedules",
+    "translate": "equivalence.layers.translation",
     "verify": "equivalence.api",
 }
 

@@ -71,7 +71,7 @@ def verify(
     translated = type(loss).__name__ if alone else None
     parts = Parts(made, train_step, resolve(optimizer), _selector(outputs), translated)
     ours, theirs = adapt(reference), adapt(port)
-    bound, comparison = compared(ours, theirs, weights, parts, seed)
+    bound, comparison = compared(ours, theirs, theirs.mapping if weights is None else weights, parts, seed)
     if train_step is not None and theirs.own_step is None:
         raise InputError(
             f"train_step= is not supported for a port of {theirs.framework}: leave it out, or use nnx or linen"

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "equivalence"
 FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors", "paths", "numerics", "verdict", "events", "environment"), 0),
     **dict.fromkeys(("weights", "observation", "spec", "randomness"), 1),
-    **dict.fromkeys(("frameworks", "runtimes", "loops", "optimizers", "losses"), 2),
+    **dict.fromkeys(("frameworks", "runtimes", "loops", "optimizers", "losses", "layers"), 2),
     **dict.fromkeys(("checks", "search", "training", "diagnosis", "judgement"), 3),
     **dict.fromkeys(
         (
@@ -31,6 +31,7 @@ FLOORS: dict[str, int] = {
             "trained",
             "work",
             "plants",
+            "probing",
             "conventions",
         ),
         3,
@@ -40,7 +41,7 @@ FLOORS: dict[str, int] = {
 }
 
 FRAMEWORKS = {"torch", "jax", "jaxlib", "flax", "optax", "equinox", "transformers"}
-ADAPTERS = ("frameworks", "runtimes", "loops", "optimizers", "losses")
+ADAPTERS = ("frameworks", "runtimes", "loops", "optimizers", "losses", "layers")
 
 EXCEPTIONS = {
     # `assert_equivalent` words its own error; imported inside the method, so that data still flows down.

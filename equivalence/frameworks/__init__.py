@@ -41,6 +41,9 @@ def adapt(model: Any) -> Subject:
     """
     if isinstance(model, Subject):
         return model
+    brought = getattr(model, "subject", None)
+    if isinstance(brought, Subject):  # a translation makes its own
+        return brought
     for adapter in _adapters():
         if adapter.accepts(model):
             made: Subject = adapter.subject(model)

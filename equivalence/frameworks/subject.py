@@ -10,6 +10,7 @@ import numpy as np
 
 from equivalence.errors import InputError
 from equivalence.weights import Leaves
+from equivalence.weights import Mapping as Rules
 
 Flat = dict[str, Any]
 """Arrays by leaf path."""
@@ -55,6 +56,8 @@ class Subject:
     native: Callable[[Flat], Any] = dict
     flat: Callable[[Any], Flat] = dict
     own_step: OwnStep | None = None
+    mapping: Rules | None = None
+    """The mapping that the model brings with it: a translation knows its own."""
 
     @property
     def leaves(self) -> Leaves:

@@ -1,0 +1,137 @@
+"""`translate`: a torch module as a Flax module with the same weights, and the mapping that moved them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from equivalence.errors import unknown
+from equivalence.frameworks.linen import linen
+from equivalence.frameworks.linen import subject as linen_subject
+from equivalence.frameworks.nnx import subject as nnx_subject
+from equivalence.frameworks.subject import Flat, Subject
+from equivalence.layers.form import Form, moved
+from equivalence.layers.linen import BUFFERS, Layer, variables
+from equivalence.layers.linen import build as build_linen
+from equivalence.layers.nnx import build as build_nnx
+from equivalence.layers.registry import form_of
+from equivalence.weights import Mapping
+
+FRAMEWORKS = ("nnx", "linen")
+
+
+class Translation:
+    """A torch module as a JAX module.
+
+    Attributes:
+        module: the `nnx.Module` or `flax.linen.Module`.
+        variables: the Linen module's collections, weights and buffers; None for NNX, which keeps its own.
+        inputs: the einops pattern, from torch's layout to the module's, of each argument in order; None: unchanged.
+        outputs: the same of each array that is returned.
+        mapping: the rules that carry the torch module's leaves to the module's.
+        train: the mode of `translation(...)`: that of the torch module when it was translated.
+    """
+
+    def __init__(self, module: Any, to: str, seed: int) -> None:
+        form = form_of(module)
+        self.to, self.train, self._form = to, bool(module.training), form
+        self.inputs, self.outputs = form.inputs, form.outputs
+        self.mapping = Mapping(form.mapping(to))
+        self._names = [name for name in inspect.signature(type(module).forward).parameters][1:]
+        self._key, self._calls = jax.random.key(seed), 0
+        self.variables: dict[str, Any] | None = None
+        self.module: Any
+        if to == "nnx":
+            self.module = build_nnx(form, nnx.Rngs(seed))
+            (self.module.train if self.train else self.module.eval)()
+        else:
+            self.module, self.variables = build_linen(form), variables(form)
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The module's outputs; arrays are taken and returned in torch's layout. In train mode buffers move."""
+        args, named = self._ours(inputs, kwargs)
+        if self.variables is None:
+            return self._theirs(self.module(*args, **named))
+        modes = {"train": self.train} if isinstance(self.module, Layer) else {}
+        self._calls += 1
+        key = jax.random.fold_in(self._key, self._calls)
+        mutable = [BUFFERS] if self.train else []
+        outputs, updated = self.module.apply(
+            self.variables, *args, **named, **modes, rngs={"dropout": key}, mutable=mutable
+        )
+        self.variables = {**self.variables, **updated}
+        return self._theirs(outputs)
+
+    @property
+    def subject(self) -> Subject:
+        """What `verify` judges: the module between torch's layouts."""
+        model = self.module if self.variables is None else linen(self.module, self.variables)
+        inner = nnx_subject(model) if self.variables is None else linen_subject(model)
+
+        def apply(params: Flat, buffers: Flat, args: Any, kwargs: Any, train: bool) -> tuple[Any, Flat]:
+            args, kwargs = self._ours(args, kwargs)
+            outputs, after = inner.apply(params, buffers, args, kwargs, train)
+            return self._theirs(outputs), after
+
+        return Subject(
+            framework=inner.framework,
+            runtime="jax",
+            name=f"{self._form.name} ({self.to})",
+            params=inner.params,
+            buffers=inner.buffers,
+            apply=apply,
+            model=model,
+            aliases=inner.aliases,
+            native=inner.native,
+            flat=inner.flat,
+            mapping=self.mapping,
+        )
+
+    def _ours(self, inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        patterns = dict(zip(self._names, self.inputs, strict=False))
+        args = tuple(_moved(value, None, p) for value, p in _padded(inputs, self.inputs))
+        return args, {name: _moved(value, None, patterns.get(name)) for name, value in kwargs.items()}
+
+    def _theirs(self, outputs: Any) -> Any:
+        whole, structure = jax.tree_util.tree_flatten(outputs)
+        return structure.unflatten([_moved(value, p, None) for value, p in _padded(whole, self.outputs)])
+
+
+def _padded(values: Any, patterns: tuple[str | None, ...]) -> list[tuple[Any, str | None]]:
+    return [(value, patterns[i] if i < len(patterns) else None) for i, value in enumerate(values)]
+
+
+def _moved(value: Any, now: str | None, wanted: str | None) -> Any:
+    """A tree's arrays in another layout; what is no array (None, a flag) stays."""
+
+    def one(leaf: Any) -> Any:
+        array = jnp.asarray(leaf.detach().cpu().numpy()) if hasattr(leaf, "detach") else leaf
+        return moved(array, now, wanted) if hasattr(array, "ndim") else array
+
+    return jax.tree_util.tree_map(one, value)
+
+
+def translate(module: Any, to: str = "nnx", *, seed: int = 0) -> Translation:
+    """A torch module made of layers of torch.nn as a Flax module with its weights and buffers.
+
+    Args:
+        module: a layer of torch.nn, or a container of them; its weights, buffers and mode are taken as they are.
+        to: "nnx" or "linen".
+        seed: of the random draws in train mode.
+
+    Raises InputError, naming the module's path and class, for one whose class has no entry in the dictionary.
+
+    >>> import torch
+    >>> made = translate(torch.nn.Conv2d(3, 4, 3), to="linen")  # doctest: +SKIP
+    >>> made.inputs, made.mapping  # doctest: +SKIP
+    (('... c h w -> ... h w c',), Mapping([Rule('weight', 'kernel', 'o i h w -> h w i o'), Rule('bias', 'bias')]))
+    """
+    if to not in FRAMEWORKS:
+        raise unknown("framework", to, FRAMEWORKS)
+    return Translation(module, to, seed)
+
+
