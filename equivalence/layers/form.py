@@ -141,9 +141,10 @@ class Form:
         params: dict[str, np.ndarray] = {}
         buffers: dict[str, np.ndarray] = {}
         for rule in self.rules:
-            if rule.source in self.held and rule.target is not None:
-                value = Move(rule, (rule.source,), (rule.target,)).run([self.held[rule.source]], np.stack)[0]
-                (buffers if rule.source in self.buffers else params)[rule.target] = value
+            source, target = rule.source, rule.target
+            if source is not None and target is not None:
+                value = Move(rule, (source,), (target,)).run([self.held[source]], np.stack)[0]
+                (buffers if source in self.buffers else params)[target] = value
         return params, buffers
 
     def path(self, name: str, framework: str) -> str:
@@ -167,16 +168,7 @@ def _rules(form: Form, framework: str, source: str, target: str, seen: set[int])
     if id(form) in seen:
         return []
     seen.add(id(form))
-    found = [
-        Rule(
-            None if rule.source is None else source + rule.source,
-            None if rule.target is None else target + rule.target,
-            rule.axes,
-            rule.change,
-            **{**dict(rule.values), **dict(rule.lengths)},
-        )
-        for rule in form.rules
-    ]
+    found = [rule.inside(source, target) for rule in form.rules]
     for name, child in form.children.items():
         found += _rules(child, framework, f"{source}{name}.", f"{target}{form.path(name, framework)}.", seen)
     return found

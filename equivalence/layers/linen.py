@@ -67,7 +67,7 @@ class _View:
         inside = self.kept[first]
         if isinstance(inside, Layer):
             return lambda *inputs, **kwargs: inside(*inputs, train=self.train, **kwargs)
-        return inside  # type: ignore[no-any-return]
+        return inside
 
 
 def build(form: Form, name: str | None = None, parent: nn.Module | None = None) -> nn.Module:

@@ -9,10 +9,29 @@ from typing import Any
 
 import numpy as np
 
-from equivalence.errors import InputError, nearest
+from equivalence.errors import InputError
 from equivalence.layers.form import Form
 
-FAMILIES = ("containers", "linear", "dropout")
+FAMILIES = (
+    "activations",
+    "adaptive_pooling",
+    "attention",
+    "containers",
+    "convolution",
+    "distances",
+    "dropout",
+    "embedding",
+    "folding",
+    "linear",
+    "losses",
+    "normalisation",
+    "padding",
+    "pooling",
+    "recurrent",
+    "resizing",
+    "shapes",
+    "transformer",
+)
 """The modules of this package that register layers."""
 
 
@@ -74,69 +93,61 @@ def entries() -> Mapping[str, Entry]:
 def form_of(module: Any) -> Form:
     """The form of a torch module and of all inside it.
 
-    Raises InputError, naming the module's path and class, for a class without an entry and for a module whose call is
-    not its class's own (hooks, parametrizations, a forward put on the object).
+    Raises InputError, naming the module's path and class, for a class without an entry, for a module whose call is
+    not its class's own (hooks, parametrizations, a forward put on the object), for one that has no weights yet, and
+    for a parameter that two modules share.
     """
-    known, made, held = entries(), {}, {id(p): n for n, p in module.named_parameters()}
-    named = {id(inner): path for path, inner in module.named_modules()}
+    known, made = entries(), dict[int, Form]()
+    paths = {id(inner): path for path, inner in module.named_modules()}
 
     def inside(inner: Any) -> Form:
         if id(inner) not in made:
-            path = named.get(id(inner), "")
-            where = f"{path} ({type(inner).__qualname__})" if path else type(inner).__qualname__
-            made[id(inner)] = _checked(inner, where, known).translate(inner, inside)
+            made[id(inner)] = _entry(inner, paths.get(id(inner), ""), known).translate(inner, inside)
         return made[id(inner)]
 
     form = inside(module)
-    _refuse_tied(module, held)
+    _refuse_tied(module)
     return form
 
 
-def _checked(module: Any, where: str, known: Mapping[str, Entry]) -> Entry:
+def _entry(module: Any, path: str, known: Mapping[str, Entry]) -> Entry:
+    """The entry of a module that is called as its class is. Raises InputError for any other."""
     import torch
+    from torch.nn.parameter import is_lazy
 
     kind = type(module)
-    theirs = getattr(torch.nn, kind.__name__, None) is kind
-    if not theirs or kind.__name__ not in known:
-        near = [] if theirs else nearest(kind.__name__, known, 1)
-        inner = ", ".join(name for name, _ in module.named_children()) if not theirs else ""
+    where = f"{path} ({kind.__qualname__})" if path else kind.__qualname__
+    if getattr(torch.nn, kind.__name__, None) is not kind:
+        inner = ", ".join(name for name, _ in module.named_children())
         raise InputError(
-            f"{where} has no entry in the dictionary of layers: "
-            + (
-                f"{kind.__module__}.{kind.__qualname__} has a forward of its own, which is the porter's to write"
-                + (f" (its layers {inner} translate one by one)" if inner else "")
-                + (f"; nearest entry: {near[0]}" if near else "")
-                if not theirs
-                else "torch.nn has it, this package does not"
-            )
+            f"{where} has no entry in the dictionary of layers: the forward of {kind.__module__}.{kind.__qualname__}"
+            " is its own, and the porter's to write"
+            + (f"; its layers ({inner}) can be translated one by one" if inner else "")
         )
-    if "forward" in vars(module) or any(
-        getattr(module, hooks)
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    ):
+    if kind.__name__ not in known:
+        raise InputError(f"{where} has no entry in the dictionary of layers, equivalence list layers")
+    if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
         raise InputError(f"{where} has hooks or a forward of its own, whose effect cannot be read: remove them first")
-    lazy = [name for name, leaf in (*module._parameters.items(), *module._buffers.items()) if _unmade(leaf)]
-    if lazy:
-        raise InputError(f"{where} has no {lazy[0]} yet: call the torch module once, then translate it")
+    for name, leaf in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if is_lazy(leaf):
+            raise InputError(f"{where} has no {name} yet: call the torch module once, then translate it")
     return known[kind.__name__]
 
 
-def _unmade(leaf: Any) -> bool:
-    from torch.nn.parameter import is_lazy
-
-    return leaf is not None and is_lazy(leaf)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _refuse_tied(module: Any, first: Mapping[int, str]) -> None:
+def _refuse_tied(module: Any) -> None:
     """A parameter that two modules share is refused: their layouts may differ. A module in two places is not."""
-    owners: dict[int, tuple[int, str]] = {}
+    owners: dict[int, tuple[Any, str]] = {}
     for path, inner in module.named_modules():
         for name, parameter in inner.named_parameters(recurse=False):
-            owner = owners.setdefault(id(parameter), (id(inner), f"{path}.{name}".strip(".")))
-            if owner[0] != id(inner):
+            here = f"{path}.{name}" if path else name
+            owner, first = owners.setdefault(id(parameter), (inner, here))
+            if owner is not inner:
                 raise InputError(
-                    f"{path}.{name} is the same parameter as {owner[1]}: tied parameters of different layers are not"
-                    " translated; write that tie in the port, and verify it"
+                    f"{here} is the same parameter as {first}: parameters tied between layers are not translated;"
+                    " tie them in a port of your own, and verify that"
                 )
 
 

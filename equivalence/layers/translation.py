@@ -14,7 +14,7 @@ from equivalence.frameworks.linen import linen
 from equivalence.frameworks.linen import subject as linen_subject
 from equivalence.frameworks.nnx import subject as nnx_subject
 from equivalence.frameworks.subject import Flat, Subject
-from equivalence.layers.form import Form, moved
+from equivalence.layers.form import moved
 from equivalence.layers.linen import BUFFERS, Layer, variables
 from equivalence.layers.linen import build as build_linen
 from equivalence.layers.nnx import build as build_nnx
@@ -41,7 +41,7 @@ class Translation:
         self.to, self.train, self._form = to, bool(module.training), form
         self.inputs, self.outputs = form.inputs, form.outputs
         self.mapping = Mapping(form.mapping(to))
-        self._names = [name for name in inspect.signature(type(module).forward).parameters][1:]
+        self._names = list(inspect.signature(type(module).forward).parameters)[1:]
         self._key, self._calls = jax.random.key(seed), 0
         self.variables: dict[str, Any] | None = None
         self.module: Any
@@ -69,7 +69,7 @@ class Translation:
     @property
     def subject(self) -> Subject:
         """What `verify` judges: the module between torch's layouts."""
-        model = self.module if self.variables is None else linen(self.module, self.variables)
+        model: Any = self.module if self.variables is None else linen(self.module, self.variables)
         inner = nnx_subject(model) if self.variables is None else linen_subject(model)
 
         def apply(params: Flat, buffers: Flat, args: Any, kwargs: Any, train: bool) -> tuple[Any, Flat]:
@@ -93,12 +93,18 @@ class Translation:
 
     def _ours(self, inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         patterns = dict(zip(self._names, self.inputs, strict=False))
+        inputs, kwargs = list(inputs), dict(kwargs)
+        for name in self._names[len(inputs) :]:  # torch's names of the first arguments are not Flax's
+            if name not in kwargs:
+                break
+            inputs.append(kwargs.pop(name))
         args = tuple(_moved(value, None, p) for value, p in _padded(inputs, self.inputs))
         return args, {name: _moved(value, None, patterns.get(name)) for name, value in kwargs.items()}
 
     def _theirs(self, outputs: Any) -> Any:
         whole, structure = jax.tree_util.tree_flatten(outputs)
-        return structure.unflatten([_moved(value, p, None) for value, p in _padded(whole, self.outputs)])
+        leaves = [_moved(value, pattern, None) for value, pattern in _padded(whole, self.outputs)]
+        return jax.tree_util.tree_unflatten(structure, leaves)
 
 
 def _padded(values: Any, patterns: tuple[str | None, ...]) -> list[tuple[Any, str | None]]:
@@ -126,12 +132,12 @@ def translate(module: Any, to: str = "nnx", *, seed: int = 0) -> Translation:
     Raises InputError, naming the module's path and class, for one whose class has no entry in the dictionary.
 
     >>> import torch
-    >>> made = translate(torch.nn.Conv2d(3, 4, 3), to="linen")  # doctest: +SKIP
-    >>> made.inputs, made.mapping  # doctest: +SKIP
-    (('... c h w -> ... h w c',), Mapping([Rule('weight', 'kernel', 'o i h w -> h w i o'), Rule('bias', 'bias')]))
+    >>> made = translate(torch.nn.Linear(5, 3, bias=False))
+    >>> made.mapping
+    Mapping([
+        Rule('weight', 'kernel', 'o k -> k o'),
+    ])
     """
     if to not in FRAMEWORKS:
         raise unknown("framework", to, FRAMEWORKS)
     return Translation(module, to, seed)
-
-

@@ -131,6 +131,13 @@ class Rule:
         values: dict[str, Sequence[str] | int] = {**dict(self.values), **dict(self.lengths)}
         return Rule(self.target, self.source, axes, change, **values)
 
+    def inside(self, source: str, target: str) -> Rule:
+        """The rule of a module as that of a larger one: prefixes, with their dots, before both paths."""
+        here = None if self.source is None else source + self.source
+        there = None if self.target is None else target + self.target
+        values: dict[str, Sequence[str] | int] = {**dict(self.values), **dict(self.lengths)}
+        return Rule(here, there, self.axes, self.change, **values)
+
     def __repr__(self) -> str:
         parts = [repr(self.source), repr(self.target)]
         if self.axes is not None:

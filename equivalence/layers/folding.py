@@ -1,0 +1,1 @@
+"""Sliding blocks: Unfold and Fold."""

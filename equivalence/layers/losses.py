@@ -1,0 +1,1 @@
+"""Losses as layers: the functions of `equivalence.losses`."""

@@ -1,0 +1,1 @@
+"""Normalisation over batch, group, layer and neighbours."""

@@ -1,0 +1,1 @@
+"""Padding with constants, reflections, replicas and around the circle."""

@@ -1,0 +1,1 @@
+"""Max, average and power-average pooling, and max unpooling."""

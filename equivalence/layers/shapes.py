@@ -1,0 +1,1 @@
+"""Layers that only move elements: flattening and shuffling."""

@@ -1,0 +1,1 @@
+"""Transformer layers and stacks of them."""

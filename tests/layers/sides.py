@@ -1,0 +1,129 @@
+"""A torch layer and its translation, run side by side on any call: outputs, gradients, buffers, the same draws."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+import equivalence as eq
+from equivalence.frameworks.subject import Subject
+from equivalence.frameworks.torch import subject as torch_subject
+from equivalence.observation import Batch, Seen
+from equivalence.paths import flatten, rebuild
+from equivalence.runtimes.jax import JaxRunner
+from equivalence.runtimes.torch import TorchRunner
+from tests.agreement import disagreements
+
+FRAMEWORKS = ("nnx", "linen")
+Arrays = Mapping[str, np.ndarray]
+
+
+def disagree(
+    module: torch.nn.Module,
+    *inputs: Any,
+    to: str = "nnx",
+    train: bool = False,
+    calls: int = 1,
+    moved: Iterable[str] | None = None,
+    port: Callable[..., Any] | None = None,
+    seed: int = 0,
+    compiled: bool = True,
+    **kwargs: Any,
+) -> dict[str, float]:
+    """Paths at which `eq.translate(module, to)` differs from the module; empty for a right translation.
+
+    Args:
+        inputs, kwargs: of one call; arrays or tensors anywhere in tuples, lists and dicts vary, all else is fixed.
+        train: the mode of both sides; draws are served from one tape.
+        calls: training-mode calls, whose last buffers are compared.
+        moved: names of the arrays that noise moves (`"in.0"`, `"weight"`), see `agreement.disagreements`.
+        port: a callable on the translation's subject that gives the one to judge instead, to plant a fault.
+        compiled: whether the port runs under jit.
+    """
+    call = {"args": inputs, "kwargs": kwargs}
+    arrays = {f"in.{path}": _numpy(leaf) for path, leaf in flatten(call).items() if _is_array(leaf)}
+    ours = torch_subject(module)
+    theirs = eq.translate(module, to=to).subject
+    assert theirs.mapping is not None
+    bound = theirs.mapping.bind(ours.leaves, theirs.leaves)
+    left, right = _closed(ours, call), _closed(theirs if port is None else port(theirs), call)
+    reference, judged = TorchRunner(left, None, _present), JaxRunner(right, bound, None, _present)
+    weights = {**ours.params, **ours.buffers}
+    served: dict[int, Seen] = {}
+
+    def batch(values: Arrays) -> Batch:
+        return Batch({name.replace(".", "__"): value for name, value in values.items() if name.startswith("in.")})
+
+    def of_torch(bits: int, values: Arrays) -> Arrays:
+        held = {path: values[f"leaf.{path}"] for path in weights}
+        for number in range(calls - 1):
+            held.update(reference.advance(bits, held, batch(values), seed + number))
+        seen = reference.observe(bits, held, batch(values), train, seed + calls - 1)
+        served[bits] = seen
+        return seen.values
+
+    def of_port(bits: int, values: Arrays) -> Arrays:
+        held = {path: values[f"leaf.{path}"] for path in weights}
+        for number in range(calls - 1):
+            step = reference.observe(bits, held, batch(values), True, seed + number, gradients=False)
+            held.update(judged.advance(bits, held, batch(values), step))
+        return judged.observe(bits, held, batch(values), train, seed + calls - 1, served[bits], compiled).values
+
+    given = {**{f"leaf.{path}": value for path, value in weights.items()}, **arrays}
+    names = None if moved is None else [name if name.startswith("in.") else f"leaf.{name}" for name in moved]
+    return disagreements(of_torch, of_port, given, names)
+
+
+def assert_translates(
+    module: torch.nn.Module, *inputs: Any, frameworks: Iterable[str] = FRAMEWORKS, **how: Any
+) -> None:
+    """Raise AssertionError naming every path at which a translation differs from the module; see `disagree`."""
+    for to in frameworks:
+        found = disagree(module, *inputs, to=to, **how)
+        words = "; ".join(f"{path}: {ratio:.3g} times what rounding explains" for path, ratio in found.items())
+        assert not found, f"{module} to {to}: {words}"
+
+
+def perturbed(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """The module with every floating leaf moved off its initial value (a variance stays positive)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in (*module.named_parameters(), *module.named_buffers()):
+            if value.is_floating_point():
+                noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+                value.add_(noise.abs() if "var" in name else 0.3 * noise)
+    return module
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    """Standard normal float32 numbers."""
+    return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (np.ndarray, torch.Tensor))
+
+
+def _numpy(leaf: Any) -> np.ndarray:
+    return leaf.detach().numpy() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _closed(subject: Subject, call: Any) -> Subject:
+    """The subject as a function of the call's arrays alone, by keyword."""
+
+    def apply(params: Any, buffers: Any, args: Any, kwargs: Any, train: bool) -> Any:
+        del args
+        names = {name.replace("__", "."): value for name, value in kwargs.items()}
+        whole = rebuild(call, lambda path, leaf: names.get(f"in.{path}", leaf))
+        return subject.apply(params, buffers, tuple(whole["args"]), whole["kwargs"], train)
+
+    return dataclasses.replace(subject, apply=apply)
+
+
+def _present(outputs: Any) -> dict[str, Any]:
+    """The arrays of what a call returned; a None is nothing, a flag is nothing."""
+    return {path: leaf for path, leaf in flatten(outputs).items() if hasattr(leaf, "shape")}

@@ -1,0 +1,66 @@
+"""Every entry of torch's own module database, every sample, to NNX and to Linen: the yardstick nobody here wrote."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from tests.layers.sides import FRAMEWORKS, disagree, perturbed
+from tests.torch_tables import MODULES, modules
+
+EVERY = 1 if os.environ.get("EQUIVALENCE_ALL") == "1" else 6
+"""Of an entry's samples every so many are run; CI runs all."""
+
+GAPS: dict[tuple[str, str], str] = {}
+"""(class, framework) -> why no sample of it can hold."""
+
+
+@pytest.mark.parametrize("to", FRAMEWORKS)
+@pytest.mark.parametrize("name", MODULES)
+def test_every_sample_of_the_entry(name: str, to: str) -> None:
+    different = [words for number in range(0, len(samples(name)), EVERY) if (words := judge(name, number, to))]
+    assert not different, "\n".join(different)
+
+
+def samples(name: str) -> list[tuple[bool, Any]]:
+    """The samples of an entry, as (train mode, sample)."""
+    info = modules()[name]
+    found: list[tuple[bool, Any]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for train in (False, True) if info.train_and_eval_differ else (False,):
+            torch.manual_seed(0)
+            made = info.module_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=train)
+            found += [(train, sample) for sample in made if sample.forward_input is not None]
+    return found
+
+
+def judge(name: str, number: int, to: str) -> str:
+    """What differs in a sample, in words; empty where nothing does."""
+    train, sample = samples(name)[number]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(number)
+        given = sample.constructor_input
+        module = modules()[name].module_cls(*given.args, **given.kwargs)
+        module.train(train)
+        if any(torch.nn.parameter.is_lazy(leaf) for leaf in module.parameters()):
+            module(*sample.forward_input.args, **sample.forward_input.kwargs)
+        found = disagree(
+            perturbed(module, number),
+            *sample.forward_input.args,
+            to=to,
+            train=train,
+            calls=2 if train and any(True for _ in module.buffers()) else 1,
+            **sample.forward_input.kwargs,
+        )
+    where = f"{name} sample {number} {sample.desc or ''} {given.args} {given.kwargs} {'train' if train else 'eval'}"
+    return f"{where}: {found}" if found else ""
+
+
+def test_the_entries_are_the_database_s() -> None:
+    assert sorted(modules()) == MODULES
