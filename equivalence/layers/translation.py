@@ -51,6 +51,16 @@ class Translation:
         else:
             self.module, self.variables = build_linen(form), variables(form)
 
+    @property
+    def written(self) -> str:
+        """The module as one would write it in its framework."""
+        return self._form.written(self.to)
+
+    @property
+    def own(self) -> bool:
+        """Whether the module is a layer of Flax's own."""
+        return self.to in self._form.own
+
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's outputs; arrays are taken and returned in torch's layout. In train mode buffers move."""
         args, named = self._ours(inputs, kwargs)

@@ -7,7 +7,6 @@ test says when the page is out of date.
 from __future__ import annotations
 
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +15,11 @@ from equivalence import dictionary
 from equivalence.dictionary import Entry, Figures, Gaps
 from equivalence.optimizers.around_table import AROUND
 from equivalence.report.files import check_writable, write_atomically
+from equivalence.report.tables import code, row, wrapped
 from equivalence.report.text import figure
 
 PAGE = Path(__file__).parents[2] / "docs" / "training-dictionary.md"
 PACKAGES = ("torch", "jax", "optax")
-WIDTH = 80
 MARGIN = 10
 """Columns of a listing before its words: those of a figure."""
 
@@ -129,19 +128,19 @@ def _table(lines: Sequence[Entry], figures: Figures) -> str:
     """A section; a column of plain exact forms where there are any, of ours where they are not alike."""
     exact, alike = any(line.exact for line in lines), lines[0].section != "losses"
     head = ["torch", "one would write", "gap", *(["exactly", "gap"] if exact else []), *([] if alike else ["ours"])]
-    rows = [_row([*head, "gap of ours", "quietly"])]
+    rows = [row([*head, "gap of ours", "quietly"])]
     rows.append("|" + "".join("--:|" if "gap" in cell else "---|" for cell in (*head, "gap", "")))
     for line in lines:
         gaps = figures.of(line)
-        plain = ["the same", "–"] if line.exact and line.exact == line.form else [_code(line.exact), figure(gaps.exact)]
-        cells = [_titled(line), _code(line.form), figure(gaps.form), *(plain if exact else [])]
-        cells += [] if alike else [_code(line.ours)]
-        rows.append(_row([*cells, f"{figure(gaps.ours)} ({figure(gaps.rounding, 1)})", line.differs]))
+        plain = ["the same", "–"] if line.exact and line.exact == line.form else [code(line.exact), figure(gaps.exact)]
+        cells = [_titled(line), code(line.form), figure(gaps.form), *(plain if exact else [])]
+        cells += [] if alike else [code(line.ours)]
+        rows.append(row([*cells, f"{figure(gaps.ours)} ({figure(gaps.rounding, 1)})", line.differs]))
     return "\n".join(rows)
 
 
 def _titled(line: Entry) -> str:
-    return _code(line.torch) if line.section != "losses" else f"{line.name}<br>{_code(line.torch)}"
+    return code(line.torch) if line.section != "losses" else f"{line.name}<br>{code(line.torch)}"
 
 
 def _called(lines: Iterable[Entry]) -> Iterator[str]:
@@ -152,17 +151,9 @@ def _called(lines: Iterable[Entry]) -> Iterator[str]:
 
 
 def _around() -> str:
-    rows = [_row(["torch", "one would write", "ours", "quietly"]), "|---|---|---|---|"]
-    rows += [_row([_code(row.torch), _code(row.naive), _code(row.form), row.differs]) for row in AROUND]
+    rows = [row(["torch", "one would write", "ours", "quietly"]), "|---|---|---|---|"]
+    rows += [row([code(line.torch), code(line.naive), code(line.form), line.differs]) for line in AROUND]
     return "\n".join(rows)
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def _code(text: str | None) -> str:
-    return "–" if text is None else f"`{text}`"
 
 
 def listing(section: str, names: Iterable[tuple[str, str]]) -> str:
@@ -171,7 +162,7 @@ def listing(section: str, names: Iterable[tuple[str, str]]) -> str:
     width = max((len(name) for name, _ in known), default=0)
     parts = []
     if section in NAMES:
-        rows = [_wrapped(f"  {name:<{width}}  {summary}", width + 4) for name, summary in known]
+        rows = [wrapped(f"  {name:<{width}}  {summary}", width + 4) for name, summary in known]
         parts.append("\n".join([f"{NAMES[section]}:", *rows]))
     parts.append(LISTED)
     parts += [_lines(line, figures.of(line)) for line in dictionary.entries(section)]
@@ -183,14 +174,10 @@ def _lines(line: Entry, gaps: Gaps) -> str:
     title = line.torch if line.section != "losses" else f"torch.nn.{line.name}: {line.torch}"
     exact = None if line.exact == line.form else line.exact
     forms = [(gaps.form, line.form), (gaps.exact, exact), (gaps.ours, line.ours)]
-    rows = [_wrapped(title, 4)]
-    rows += [_wrapped(f"{figure(gap):>{MARGIN - 2}}  {form}", MARGIN) for gap, form in forms if form is not None]
+    rows = [wrapped(title, 4)]
+    rows += [wrapped(f"{figure(gap):>{MARGIN - 2}}  {form}", MARGIN) for gap, form in forms if form is not None]
     words = [*([line.call] if line.call else []), f"differs: {line.differs}"]
-    return "\n".join([*rows, *(_wrapped(" " * MARGIN + text, MARGIN) for text in words)])
-
-
-def _wrapped(text: str, indent: int) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*rows, *(wrapped(" " * MARGIN + text, MARGIN) for text in words)])
 
 
 def main() -> None:
