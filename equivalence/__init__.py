@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from equivalence.optimizers.state import load_optimizer_state, optimizer_state
     from equivalence.optimizers.translate import to_optax
     from equivalence.spec import BatchPlan, Spec, TrainingData
+    from equivalence.transfer import copy_weights
     from equivalence.verdict import Report
     from equivalence.weights import Mapping, Rule
 
@@ -47,6 +48,7 @@ __all__ = [
     "Spec",
     "TrainingData",
     "__version__",
+    "copy_weights",
     "function",
     "linen",
     "load_optimizer_state",
@@ -71,6 +73,7 @@ _HOMES = {
     "Rule": "equivalence.weights",
     "Spec": "equivalence.spec",
     "TrainingData": "equivalence.spec",
+    "copy_weights": "equivalence.transfer",
     "function": "equivalence.frameworks.function",
     "linen": "equivalence.frameworks.linen",
     "load_optimizer_state": "equivalence.optimizers.state",

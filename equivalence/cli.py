@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from equivalence.verdict import Report
 
 SECTIONS = ("models", "frameworks", "checks", "optimizers", "schedules", "losses", "layers")
-NOT_YET = {
-    "layers": "none yet: single layers are judged only as parts of a model",
-}
 TRACEBACK = "EQUIVALENCE_TRACEBACK"
 EXTRAS = {
     "torch": "torch",
@@ -93,7 +90,7 @@ def cli(context: click.Context) -> None:
 def list_(section: str | None) -> None:
     """Say what there is: models, frameworks, checks and more.
 
-    Of optimizers, schedules and losses: torch's beside their JAX forms, with the gaps that were measured.
+    Of optimizers, schedules, losses and layers: torch's beside their JAX forms, with the gaps that were measured.
     """
     if section is not None and section not in SECTIONS:
         raise unknown("section", section, SECTIONS)
@@ -102,6 +99,11 @@ def list_(section: str | None) -> None:
 
         click.echo(listing(section, _rows(section)))
         return
+    if section == "layers":
+        from equivalence.report import layers
+
+        click.echo(layers.listing())
+        return
     for name in SECTIONS if section is None else (section,):
         rows = _rows(name)
         if section is None:
@@ -109,8 +111,6 @@ def list_(section: str | None) -> None:
         width = max((len(row[0]) for row in rows), default=0)
         for entry, summary in rows:
             click.echo(f"{'' if section else '  '}{entry:<{width}}  {summary}".rstrip())
-        if name in NOT_YET and not rows:
-            click.echo(f"{'' if section else '  '}{NOT_YET[name]}")
 
 
 def _rows(section: str) -> list[tuple[str, str]]:
@@ -144,7 +144,13 @@ def _rows(section: str) -> list[tuple[str, str]]:
         return [
             (entry.name, shorten(entry.form or entry.differs, 60, placeholder=" ...")) for entry in entries(section)
         ]
-    return []
+    if section == "layers":
+        from textwrap import shorten
+
+        from equivalence.layers.figures import figures
+
+        return [(line.name, shorten(line.nnx, 60, placeholder=" ...")) for line in figures().lines]
+    raise AssertionError(section)
 
 
 @cli.command(short_help="Judge the ports of TARGET.")

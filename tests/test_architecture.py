@@ -32,6 +32,7 @@ FLOORS: dict[str, int] = {
             "work",
             "plants",
             "probing",
+            "transfer",
             "conventions",
         ),
         3,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,13 @@ def subject(model: eqx.Module | EquinoxModel) -> Subject:
 
         return jax.vmap(one)(keys, args, kwargs), buffers
 
+    def put(leaves: Iterable[tuple[str, np.ndarray]]) -> Any:
+        made = {path: leaf for path, (_, leaf) in zip(paths, keyed, strict=True)}
+        for path, array in leaves:
+            made[path] = jnp.asarray(array, made[path].dtype)
+        module = eqx.combine(native(made), static)
+        return dataclasses.replace(model, module=module) if isinstance(model, EquinoxModel) else module
+
     def flatten(tree: Any) -> Flat:
         found = jax.tree_util.tree_flatten_with_path(tree)[0]
         return {join(key_name(key) for key in path): leaf for path, leaf in found}
@@ -86,4 +94,5 @@ def subject(model: eqx.Module | EquinoxModel) -> Subject:
         model=model,
         native=native,
         flat=flatten,
+        put=put,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,12 @@ def subject(model: FunctionModel) -> Subject:
     def native(flat: Flat) -> Any:
         return jax.tree_util.tree_unflatten(structure, [flat[path] for path in paths])
 
+    def put(leaves: Iterable[tuple[str, np.ndarray]]) -> FunctionModel:
+        made = {path: leaf for path, (_, leaf) in zip(paths, keyed, strict=True)}
+        for path, array in leaves:
+            made[path] = jax.numpy.asarray(array, np.asarray(made[path]).dtype)
+        return dataclasses.replace(model, params=native(made))
+
     def flatten(tree: Any) -> Flat:
         return dict(zip(paths, jax.tree_util.tree_leaves(tree), strict=True))
 
@@ -75,6 +82,7 @@ def subject(model: FunctionModel) -> Subject:
         model=model,
         native=dict if buffers else native,
         flat=dict if buffers else flatten,
+        put=put,
     )
 
 

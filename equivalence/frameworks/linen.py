@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.training import train_state
 from flax.traverse_util import flatten_dict
@@ -85,6 +87,13 @@ def subject(model: LinenModel) -> Subject:
         new = {path: leaf for tree in updated.values() for path, leaf in _flat(tree).items()}
         return outputs, {**buffers, **new}
 
+    def put(leaves: Iterable[tuple[str, np.ndarray]]) -> LinenModel:
+        made = {name: _flat(tree) for name, tree in model.variables.items()}
+        for path, array in leaves:
+            held = made[owner.get(path, "params")]
+            held[path] = jnp.asarray(array, held[path].dtype)
+        return dataclasses.replace(model, variables={name: unflatten(flat) for name, flat in made.items()})
+
     return Subject(
         framework="linen",
         runtime="jax",
@@ -96,6 +105,7 @@ def subject(model: LinenModel) -> Subject:
         native=unflatten,
         flat=_flat,
         own_step=_own_step(model, variables),
+        put=put,
     )
 
 

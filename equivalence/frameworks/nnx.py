@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -41,6 +42,12 @@ def subject(model: nnx.Module) -> Subject:
         outputs = module(*args, **kwargs)
         return outputs, _flat(_split(module)[3])
 
+    def put(leaves: Iterable[tuple[str, np.ndarray]]) -> nnx.Module:
+        variables = {join(path): variable for path, variable in nnx.to_flat_state(nnx.state(model))}
+        for path, array in leaves:
+            variables[path][...] = jnp.asarray(array, variables[path][...].dtype)
+        return model
+
     return Subject(
         framework="nnx",
         runtime="jax",
@@ -53,6 +60,7 @@ def subject(model: nnx.Module) -> Subject:
         native=native,
         flat=_flat,
         own_step=_own_step(merge),
+        put=put,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,9 @@ class Subject:
     native: Callable[[Flat], Any] = dict
     flat: Callable[[Any], Flat] = dict
     own_step: OwnStep | None = None
+    put: Callable[[Iterable[tuple[str, np.ndarray]]], Any] | None = None
+    """The model with these leaves, taken one at a time, in its own dtypes: changed in place where the framework does
+    so, else a new one. None for the reference's side."""
     mapping: Rules | None = None
     """The mapping that the model brings with it: a translation knows its own."""
 

@@ -20,8 +20,11 @@ def accepts(model: Any) -> bool:
     return isinstance(model, torch.nn.Module)
 
 
-def subject(model: torch.nn.Module) -> Subject:
-    """The subject of a torch module: parameters, persistent and other buffers, ties, frozen leaves, layer types."""
+def subject(model: torch.nn.Module, *, copy: bool = True) -> Subject:
+    """The subject of a torch module: parameters, persistent and other buffers, ties, frozen leaves, layer types.
+
+    Its arrays are copies; without `copy` they are the model's own memory, for who only reads them at once.
+    """
     params: Flat = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -30,14 +33,14 @@ def subject(model: torch.nn.Module) -> Subject:
             aliases[path] = first[id(tensor)]
             continue
         first[id(tensor)] = path
-        params[path] = to_numpy(tensor)
+        params[path] = to_numpy(tensor, copy=copy)
     buffers: Flat = {}
     for path, held in model.named_buffers(remove_duplicate=False):
         if id(held) in first:
             aliases[path] = first[id(held)]
             continue
         first[id(held)] = path
-        buffers[path] = to_numpy(held)
+        buffers[path] = to_numpy(held, copy=copy)
     layers = {}
     for path in (*params, *buffers, *aliases):
         owner = path.rpartition(".")[0]
@@ -78,7 +81,7 @@ def mode(model: torch.nn.Module, train: bool) -> Iterator[None]:
             module.training = training
 
 
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A copy of a tensor as NumPy; bfloat16 and float16 as float32, which holds all their values."""
+def to_numpy(tensor: torch.Tensor, *, copy: bool = True) -> np.ndarray:
+    """A tensor as NumPy, a copy or its memory; bfloat16 and float16 as float32, which holds all their values."""
     plain = tensor.detach().cpu()
-    return np.array((plain.float() if plain.dtype in LOW else plain).numpy(), copy=True)
+    return np.array((plain.float() if plain.dtype in LOW else plain).numpy(), copy=copy or None)
