@@ -363,3 +363,15 @@ def test_torch_to_nnx_to_linen_to_torch_is_bit_exact() -> None:
     assert same(to_linen.backward(in_linen), weights)
     spoilt = {**in_linen, "linear2.bias": np.nextafter(in_linen["linear2.bias"], np.float32(9))}
     assert not same(to_linen.backward(spoilt), weights)
+
+
+@pytest.mark.parametrize("axes", ["i o h -> h i o", "o k h -> k h o", None])
+def test_a_change_along_an_axis_is_undone_where_it_was_done(axes):
+    array = np.arange(24.0).reshape(2, 3, 4)
+    target = array if axes is None else np.einsum(array, [0, 1, 2], {"i": [2, 0, 1], "o": [1, 2, 0]}[axes[0]])
+    rule = Rule("w", "k", axes, change=flip(0))
+    bound = Mapping([rule]).bind(Leaves({"w": array.shape}), Leaves({"k": target.shape}))
+    moved = bound.forward({"w": array})
+    np.testing.assert_array_equal(moved["k"], target[::-1])
+    np.testing.assert_array_equal(bound.backward(moved)["w"], array)
+    np.testing.assert_array_equal(bound.backward(moved, gradient=True)["w"], array)

@@ -23,17 +23,22 @@ _HOLE = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Change:
-    """A change of values with its inverse. `forward` and `inverse` move values, `*_gradient` move gradients."""
+    """A change of values with its inverse. `forward` and `inverse` move values, `*_gradient` move gradients.
+
+    It works on the target's axes: a rule applies it after the axes have moved, and undoes it `first`.
+    """
 
     name: str
     forward: Callable[[Array], Array]
     inverse: Callable[[Array], Array]
     forward_gradient: Callable[[Array], Array]
     inverse_gradient: Callable[[Array], Array]
+    first: bool = False
 
     def swapped(self) -> Change:
         """The change that undoes this one."""
-        return Change(f"not {self.name}", self.inverse, self.forward, self.inverse_gradient, self.forward_gradient)
+        name = f"not {self.name}"
+        return Change(name, self.inverse, self.forward, self.inverse_gradient, self.forward_gradient, not self.first)
 
 
 def offset(amount: float) -> Change:
@@ -212,10 +217,12 @@ class Move:
         if self.source_sizes:
             whole = stack(list(arrays), 0).reshape(self.source_sizes + tuple(arrays[0].shape))
             whole = _move_axes(whole, range(len(self.source_axes)), self.source_axes)
+        change = self.rule.change
+        if change is not None and change.first:
+            whole = change.forward_gradient(whole) if gradient else change.forward(whole)
         if self.rule.axes is not None:
             whole = rearrange(whole, self.rule.axes, **dict(self.lengths))
-        if self.rule.change is not None:
-            change = self.rule.change
+        if change is not None and not change.first:
             whole = change.forward_gradient(whole) if gradient else change.forward(whole)
         if not self.target_sizes:
             return [whole]
