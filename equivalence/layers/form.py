@@ -134,6 +134,10 @@ class Form:
     draws: bool = False
     own: Mapping[str, Own] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Without the weights, which a printed module would show a page of."""
+        return f"Form({self.name})"
+
     def arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """The layer's own `(parameters, buffers)` by our names, in our layout."""
         from equivalence.weights.rules import Move
@@ -143,7 +147,7 @@ class Form:
         for rule in self.rules:
             source, target = rule.source, rule.target
             if source is not None and target is not None:
-                value = Move(rule, (source,), (target,)).run([self.held[source]], np.stack)[0]
+                value = Move(rule, (source,), (target,), lengths=rule.lengths).run([self.held[source]], np.stack)[0]
                 (buffers if source in self.buffers else params)[target] = value
         return params, buffers
 
@@ -159,9 +163,10 @@ class Form:
 
     def written(self, framework: str) -> str:
         """How one would write this layer in a framework."""
+        package = "nnx" if framework == "nnx" else "nn"
         if framework in self.own:
-            return self.own[framework].text("nnx" if framework == "nnx" else "nn")
-        return self.text or self.name
+            return self.own[framework].text(package)
+        return (self.text or self.name).replace("nnx.", f"{package}.")
 
 
 def _rules(form: Form, framework: str, source: str, target: str, seen: set[int]) -> Sequence[Rule]:

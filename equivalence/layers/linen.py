@@ -17,7 +17,7 @@ BUFFERS = "batch_stats"
 
 
 class Layer(nn.Module):
-    """A layer by its form. Its leaves start as torch's weights, so `init` gives the translated variables too."""
+    """A layer by its form. Its weights are those of the variables that `translate` hands over with it."""
 
     form: Form
 
@@ -48,7 +48,12 @@ class _View:
         return self._buffer(name).value if name in self.buffers else None
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._buffer(name).value = value
+        if name not in self.params:
+            self._buffer(name).value = value
+            return
+        self.kept[name] = value
+        if self.module.is_mutable_collection("params"):
+            self.module.put_variable("params", name, value)
 
     def _buffer(self, name: str) -> Any:
         if name not in self.kept:

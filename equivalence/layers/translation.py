@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from equivalence.errors import unknown
@@ -69,7 +71,7 @@ class Translation:
         modes = {"train": self.train} if isinstance(self.module, Layer) else {}
         self._calls += 1
         key = jax.random.fold_in(self._key, self._calls)
-        mutable = [BUFFERS] if self.train else []
+        mutable = ["params", BUFFERS] if self.train else ["params"]  # an embedding's max_norm moves its rows
         outputs, updated = self.module.apply(
             self.variables, *args, **named, **modes, rngs={"dropout": key}, mutable=mutable
         )
@@ -87,6 +89,13 @@ class Translation:
             outputs, after = inner.apply(params, buffers, args, kwargs, train)
             return self._theirs(outputs), after
 
+        def put(leaves: Iterable[tuple[str, np.ndarray]]) -> Translation:
+            assert inner.put is not None
+            made = inner.put(leaves)
+            if self.variables is not None:
+                self.variables = made.variables
+            return self
+
         return Subject(
             framework=inner.framework,
             runtime="jax",
@@ -99,6 +108,7 @@ class Translation:
             native=inner.native,
             flat=inner.flat,
             mapping=self.mapping,
+            put=put,
         )
 
     def _ours(self, inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

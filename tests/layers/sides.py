@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,10 +9,9 @@ import numpy as np
 import torch
 
 import equivalence as eq
-from equivalence.frameworks.subject import Subject
 from equivalence.frameworks.torch import subject as torch_subject
+from equivalence.layers.calls import arrays_of, batch_of, closed, present
 from equivalence.observation import Batch, Seen
-from equivalence.paths import flatten, rebuild
 from equivalence.runtimes.jax import JaxRunner
 from equivalence.runtimes.torch import TorchRunner
 from tests.agreement import disagreements
@@ -40,23 +38,22 @@ def disagree(
         inputs, kwargs: of one call; arrays or tensors anywhere in tuples, lists and dicts vary, all else is fixed.
         train: the mode of both sides; draws are served from one tape.
         calls: training-mode calls, whose last buffers are compared.
-        moved: names of the arrays that noise moves (`"in.0"`, `"weight"`), see `agreement.disagreements`.
+        moved: names of the arrays that noise moves (`"in.args.0"`, `"weight"`), see `agreement.disagreements`.
         port: a callable on the translation's subject that gives the one to judge instead, to plant a fault.
         compiled: whether the port runs under jit.
     """
-    call = {"args": inputs, "kwargs": kwargs}
-    arrays = {f"in.{path}": _numpy(leaf) for path, leaf in flatten(call).items() if _is_array(leaf)}
+    arrays = {f"in.{path}": array for path, array in arrays_of(inputs, kwargs).items()}
     ours = torch_subject(module)
     theirs = eq.translate(module, to=to).subject
     assert theirs.mapping is not None
     bound = theirs.mapping.bind(ours.leaves, theirs.leaves)
-    left, right = _closed(ours, call), _closed(theirs if port is None else port(theirs), call)
-    reference, judged = TorchRunner(left, None, _present), JaxRunner(right, bound, None, _present)
+    left, right = (closed(side, inputs, kwargs) for side in (ours, theirs if port is None else port(theirs)))
+    reference, judged = TorchRunner(left, None, present), JaxRunner(right, bound, None, present)
     weights = {**ours.params, **ours.buffers}
     served: dict[int, Seen] = {}
 
     def batch(values: Arrays) -> Batch:
-        return Batch({name.replace(".", "__"): value for name, value in values.items() if name.startswith("in.")})
+        return batch_of({name[3:]: value for name, value in values.items() if name.startswith("in.")})
 
     def of_torch(bits: int, values: Arrays) -> Arrays:
         held = {path: values[f"leaf.{path}"] for path in weights}
@@ -102,28 +99,3 @@ def perturbed(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
     """Standard normal float32 numbers."""
     return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (np.ndarray, torch.Tensor))
-
-
-def _numpy(leaf: Any) -> np.ndarray:
-    return leaf.detach().numpy() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _closed(subject: Subject, call: Any) -> Subject:
-    """The subject as a function of the call's arrays alone, by keyword."""
-
-    def apply(params: Any, buffers: Any, args: Any, kwargs: Any, train: bool) -> Any:
-        del args
-        names = {name.replace("__", "."): value for name, value in kwargs.items()}
-        whole = rebuild(call, lambda path, leaf: names.get(f"in.{path}", leaf))
-        return subject.apply(params, buffers, tuple(whole["args"]), whole["kwargs"], train)
-
-    return dataclasses.replace(subject, apply=apply)
-
-
-def _present(outputs: Any) -> dict[str, Any]:
-    """The arrays of what a call returned; a None is nothing, a flag is nothing."""
-    return {path: leaf for path, leaf in flatten(outputs).items() if hasattr(leaf, "shape")}
