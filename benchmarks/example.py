@@ -38,7 +38,8 @@ from equivalence.pipeline import run
 from equivalence.runs import Example
 from equivalence.runtimes.jax import JaxRunner
 from equivalence.runtimes.jax_steps import JaxStepper
-from equivalence.runtimes.torch import TorchRunner, TorchStepper
+from equivalence.runtimes.torch import TorchRunner
+from equivalence.runtimes.torch_steps import TorchStepper
 from equivalence.search import moved
 from equivalence.sources import BATCHES, Parts, compared
 from equivalence.spec import REFERENCE, Spec, load

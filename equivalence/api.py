@@ -12,7 +12,7 @@ from equivalence.events import Event, Finished
 from equivalence.frameworks import adapt
 from equivalence.optimizers import PAIRS, resolve
 from equivalence.pipeline import run
-from equivalence.sources import EXAMPLES, PairSource, Parts, SpecSource, _array, as_inputs, compared
+from equivalence.sources import EXAMPLES, PairSource, Parts, SpecSource, _array, as_inputs, compared, first_batch
 from equivalence.spec import Spec
 from equivalence.verdict import Report
 from equivalence.weights import Mapping
@@ -71,17 +71,18 @@ def verify(
     translated = type(loss).__name__ if alone else None
     parts = Parts(made, train_step, resolve(optimizer), _selector(outputs), translated)
     ours, theirs = adapt(reference), adapt(port)
-    bound, comparison = compared(ours, theirs, theirs.mapping if weights is None else weights, parts, seed)
-    if train_step is not None and theirs.own_step is None:
-        raise InputError(
-            f"train_step= is not supported for a port of {theirs.framework}: leave it out, or use nnx or linen"
-        )
     from hypothesis.strategies import SearchStrategy
 
     given = inputs if isinstance(inputs, SearchStrategy) else as_inputs(inputs)
     wanted = tuple(_array(value) for value in (targets if isinstance(targets, (tuple, list)) else (targets,)))
+    mapping = theirs.mapping if weights is None else weights
+    bound, comparison = compared(ours, theirs, mapping, parts, seed, first_batch(given, wanted, seed))
+    if train_step is not None and theirs.own_step is None:
+        raise InputError(
+            f"train_step= is not supported for a port of {theirs.framework}: leave it out, or use nnx or linen"
+        )
     structure = Structure(ours, theirs, bound, comparison, [], keep=port_weights == "keep")
-    source = PairSource(structure, given, wanted, parts, _examples(examples), seed)
+    source = PairSource(structure, given, wanted, parts, _examples(examples), seed, inferred=mapping is None)
     plan = Plan(chosen(checks), resolution, seed, asked=checks is not None)
     return _report(run(source, plan))
 

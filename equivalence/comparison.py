@@ -42,6 +42,8 @@ class Comparison:
     observed_examples: dict[int, tuple[float, Example]] = field(default_factory=dict)
     """Every example observed, by index, with the rms of its outputs."""
     inert: dict[str, bool] = field(default_factory=dict)
+    shaken: dict[Where, tuple[Example, dict[str, float]]] = field(default_factory=dict)
+    """How far shaking what survives of float32 in float64 runs moved each path, by run, of the example last asked."""
     _programs: dict[tuple[int, bool], Any] = field(default_factory=dict)
     _draws: dict[int, list[Seen]] = field(default_factory=dict)
     _fields: dict[str, str] = field(default_factory=dict)
@@ -51,6 +53,15 @@ class Comparison:
     def steps(self) -> int:
         """Optimizer steps that are compared."""
         return self.optimizer.steps
+
+    def sides(self) -> tuple[tuple[str, TorchRunner | JaxRunner], ...]:
+        """Every runner, by its side; those that step see an optimizer too."""
+        return ("reference", self.reference), ("port", self.port), ("port", self.stepping_port)
+
+    @property
+    def survives(self) -> bool:
+        """Whether anything of float32 survives in the float64 runs of either side."""
+        return bool(self.reference.surviving or self.port.surviving)
 
     # --- observe -----------------------------------------------------------------------------------------------
 
@@ -189,13 +200,13 @@ class Comparison:
 
     # --- the port alone ----------------------------------------------------------------------------------------
 
-    def port_states(self, example: Example, weights: Observation) -> Observation:
+    def port_states(self, example: Example, weights: Observation, shaken: int | None = None) -> Observation:
         """The port's buffers after each training-mode call in float64, from other weights."""
         weights, found = dict(weights), {}
         for number in range(CALLS):
             batch, seed = example.batches[number % len(example.batches)], example.seed + number
             ours = self.reference.observe(64, example.weights, batch, True, seed, gradients=False)
-            after = self.port.advance(64, weights, batch, ours)
+            after = self.port.advance(64, weights, batch, ours, shaken)
             weights.update(after)
             found.update({f"call{number + 1}.buffers.{path}": value for path, value in after.items()})
         return found
@@ -237,3 +248,9 @@ class Comparison:
     def noise(self, example: Example, where: Where, paths: Sequence[str], amplitude: float = 1.0) -> dict[str, float]:
         """How far the reference's own noise moves each path; see `equivalence.noise`."""
         return noise(self, example, where, paths, amplitude)
+
+    def rounded(self, example: Example, where: Where) -> dict[str, float]:
+        """How far what survives of float32 may move each path; see `equivalence.survivors`."""
+        from equivalence.survivors import survived
+
+        return survived(self, example, where)

@@ -11,6 +11,7 @@ from equivalence.judgement import Decision, imprecise, typical_precision
 from equivalence.numerics import U32
 from equivalence.paths import natural, parent
 from equivalence.verdict import (
+    FLOAT64,
     Caveat,
     CheckReport,
     Coverage,
@@ -61,6 +62,8 @@ class Conclusions:
     unmatched: set[str] = field(default_factory=set)
     steps: int = 0
     """Optimizer steps of an example."""
+    float64: dict[str, str] = field(default_factory=lambda: dict.fromkeys(("reference", "port"), FLOAT64[0]))
+    """How the float64 runs of each side were made."""
     unseen: bool = False
     """Whether a part of what was handed in, which no check covers, was never at work."""
 
@@ -88,6 +91,16 @@ class Conclusions:
         made = Caveat(kind, summary, module, check)
         if made not in self.caveats:
             self.caveats.append(made)
+
+    def precision(self, side: str, float64: str, surviving: Iterable[str]) -> None:
+        """Take in how a side's float64 runs were made, and what of float32 survived in them."""
+        self.float64[side] = max(self.float64[side], float64, key=FLOAT64.index)
+        listed = list(surviving)
+        names = ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+        if names and float64 == "float32 only":
+            self.caveat("float32", f"the {side}'s float64 runs hold operations in float32: {names}")
+        elif names:
+            self.caveat("lifted", f"float32 rounded what the {side} holds before any run: {names}")
 
     @property
     def diverged(self) -> list[str]:
@@ -254,6 +267,7 @@ def conclude(conclusions: Conclusions, port: str, reference: Subject, bound: Bou
         tuple(conclusions.caveats),
         tuple(bound.pairs()),
         divergence,
+        conclusions.float64,
         conclusions.training,
         conclusions.noticed or None,
         reproduce,

@@ -55,7 +55,10 @@ def _still_differs(structure_: Structure, example: Example, check: str, where: t
         comparison.observed(example, True, [])
         for found in comparison.stepped(example, [check]):
             judge.add(found)
-    decisions = judge.decide(lambda where, paths, size: comparison.noise(example, where, paths, size))
+    decisions = judge.decide(
+        lambda where, paths, size: comparison.noise(example, where, paths, size),
+        lambda where: comparison.rounded(example, where),
+    )
     return any(decision.differs for decision in decisions)
 
 
@@ -80,6 +83,8 @@ def dtype_dependence(
             f"the reference is another function in float32: {finding.path} moves {m.rounding / decision.scale:.2g}"
         )
         work.conclusions.caveat("dtype", summary, check="outputs")
+        if IMPRECISE * m.port_rounding > m.rounding:  # both compute in the low precision that the reference asks for
+            explained = max(explained, comparison.reference.coarsest * decision.scale * accumulation(m.elements))
         four, _ = comparison.four(example, where[2])
         path = finding.path.partition(".")[2]
         if distance(four.port32[path], four.reference32[path]) > DIFFERS * explained:

@@ -20,7 +20,7 @@ from equivalence.runs import Example, Four, Run, finite, port_stepped, stepped
 if TYPE_CHECKING:
     from equivalence.optimizers.trees import Layout
     from equivalence.runtimes.jax_steps import JaxStepper
-    from equivalence.runtimes.torch import TorchStepper
+    from equivalence.runtimes.torch_steps import TorchStepper
 
 BITS = (32, 64)
 

@@ -24,6 +24,10 @@ Noise = Callable[[Where, Sequence[str], float], dict[str, float]]
 """Further reference runs under noise of an amplitude: the largest distance each path moved, over the amplitude."""
 
 
+Survived = Callable[[Where], dict[str, float]]
+"""How far what survives of float32 in the float64 runs of either side may move each path of a run."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One leaf of one check on one example, measured and not yet judged.
@@ -93,8 +97,8 @@ class Judge:
             found.append(own)
         return found
 
-    def decide(self, noise: Noise) -> list[Decision]:
-        """Judge every finding; `noise` is asked once for each run that stage one could not settle."""
+    def decide(self, noise: Noise, survived: Survived = lambda where: {}) -> list[Decision]:
+        """Judge every finding; `noise` and `survived` are asked once for each run that stage one could not settle."""
         scales = self.scales()
         firsts = [expected(f.measure, scale) for f, scale in zip(self.findings, scales, strict=True)]
         open_: dict[Where, list[str]] = {}
@@ -102,6 +106,9 @@ class Judge:
             if unsettled(finding.measure, first):
                 open_.setdefault(finding.where, []).append(finding.path)
         seen = {where: noise(where, paths, 1.0) for where, paths in open_.items()}
+        for where, found in seen.items():
+            widened = survived(where)
+            found |= {path: max(own, widened.get(path, 0.0)) for path, own in found.items()}
         for where, paths in self._beyond(firsts, seen).items():
             # A hundred expectations are forgiven wherever they arise, so what such a noise makes of the rest of the
             # run is forgiven too: where a choice or a saturated unit flips, that is more than a hundred times as much.

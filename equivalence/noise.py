@@ -42,7 +42,7 @@ def noise(
         run = _noise_run(comparison, example, where, number, amplitude)
         for path in paths:
             if path in base:
-                largest[path] = max(largest[path], finite(_apart(run[path], base[path])) / amplitude)
+                largest[path] = max(largest[path], finite(apart(run[path], base[path])) / amplitude)
         if where[0] == "steps" and amplitude == 1.0:
             lost = _lost(comparison, example, base, run)
             largest |= {path: np.inf for path in paths if _step_of(path) > lost}
@@ -107,7 +107,7 @@ def _noise_run(
     kind = where[0]
     if kind == "steps":
         noise = None if number is None else _jitter(comparison, where)
-        return _steps64(comparison, example, noise, number or 0, amplitude)
+        return steps64(comparison, example, noise, number or 0, amplitude)
     weights = example.weights
     if number is not None:
         rng = np.random.default_rng((example.seed, number))
@@ -117,24 +117,33 @@ def _noise_run(
         }
     if kind == "state":
         with _rounding(number, amplitude):
-            return _states64(comparison, example, weights)
+            return states64(comparison, example, weights)
     train = bool(where[2])
     with _rounding(number, amplitude):
         seen = comparison.reference.observe(64, weights, example.batches[0], train, example.seed)
-    mode = "train" if train else "eval"
-    return {f"{mode}.{path}": value for path, value in seen.values.items()}
+    return in_mode(seen.values, train)
 
 
-def _steps64(
-    comparison: Comparison, example: Example, noise: list[dict[str, np.ndarray]] | None, seed: int, amplitude: float
+def in_mode(values: Observation, train: bool) -> Observation:
+    """The paths of an observation as findings name them."""
+    return {f"{'train' if train else 'eval'}.{path}": value for path, value in values.items()}
+
+
+def steps64(
+    comparison: Comparison,
+    example: Example,
+    noise: list[dict[str, np.ndarray]] | None,
+    seed: int,
+    amplitude: float,
+    shaken: int | None = None,
 ) -> Observation:
     """Everything a float64 run of the reference's steps shows, its gradients jittered by `amplitude` x `noise`."""
     rng = np.random.default_rng((example.seed, seed))
     stepper = comparison.stepping_reference.stepper(
-        64, example.weights, comparison.optimizer, comparison.optimizer.rates(comparison.steps)
+        64, example.weights, comparison.optimizer, comparison.optimizer.rates(comparison.steps), shaken
     )
     found: Observation = {}
-    for number in range(comparison.steps):
+    for number in range(comparison.steps if noise is None else min(len(noise), comparison.steps)):
         if noise is not None:
             scales = noise[number]
             stepper.jitter = lambda gradients, scales=scales: {
@@ -149,11 +158,12 @@ def _steps64(
     return found
 
 
-def _states64(comparison: Comparison, example: Example, weights: Observation) -> Observation:
+def states64(comparison: Comparison, example: Example, weights: Observation, shaken: int | None = None) -> Observation:
+    """The reference's buffers after each of several training-mode calls in float64."""
     weights, found = dict(weights), {}
     for number in range(CALLS):
         batch, seed = example.batches[number % len(example.batches)], example.seed + number
-        seen = comparison.reference.observe(64, weights, batch, True, seed, gradients=False)
+        seen = comparison.reference.observe(64, weights, batch, True, seed, gradients=False, shaken=shaken)
         weights.update(buffers_of(seen.values))
         found.update({f"call{number + 1}.buffers.{p}": v for p, v in buffers_of(seen.values).items()})
     return found
@@ -179,5 +189,6 @@ def gradient_noise(m: Measure, floor: float) -> float:
     return min(max(finite(m.gap), first), DIFFERS * first)
 
 
-def _apart(a: np.ndarray, b: np.ndarray) -> float:
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    """The distance of two leaves; of exact ones the part of the elements that differ."""
     return distance(a, b) if b.dtype.kind == "f" else float(np.mean(a != b))

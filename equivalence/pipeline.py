@@ -21,7 +21,7 @@ from equivalence.conventions import at_a_tie, dtype_dependence
 from equivalence.errors import DrawsDiffer, EquivalenceError, InputError, UnsupportedDraw
 from equivalence.events import CheckFinished, Event, Finished, PortFinished, PortStarted, Progress, Started
 from equivalence.handover import handed_over
-from equivalence.judgement import Decision, Judge, Noise
+from equivalence.judgement import Decision, Judge, Noise, Survived
 from equivalence.optimizers.pairs import LOOKS_AHEAD, YOURS
 from equivalence.plants import plant
 from equivalence.runs import Example
@@ -61,6 +61,9 @@ class Source(Protocol):
 
     def smaller(self, port: str, fails: Any) -> str | None:
         """A small description of an example that `fails(structure)` holds for, or None."""
+
+    def findings(self, port: str) -> list[str]:
+        """Of a port that diverges: under which rearrangement of its weights it would not."""
 
     def notes(self, port: str) -> list[str]:
         """What the report must say about where this port's parts come from."""
@@ -128,10 +131,12 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
             work.done += 1
             yield Progress(port, "examples", work.done, total)
         examples = {example.index: example for example in structure_.examples}
-        decisions = judge.decide(_noise(structure_.comparison, examples))
+        decisions = judge.decide(*_noise(structure_.comparison, examples))
         decisions = [d for d in decisions if not at_a_tie(work, structure_, examples, d)]
         work.conclusions.take(decisions)
         work.conclusions.unmatched |= structure_.comparison.unmatched_slots
+        for side, runner in structure_.comparison.sides():
+            work.conclusions.precision(side, runner.float64, runner.surviving)
         if judge.lost:
             lost = len({where[1] for where in judge.lost})
             text = f"rounding decides an update in {lost} examples; the steps after it were not judged"
@@ -156,6 +161,9 @@ def _port(source: Source, port: str, plan: Plan) -> Iterator[Event]:
         text = f"{path}{more} differs at {kind} inputs and agrees beside them: a tie, a kink or a cancellation there"
         work.conclusions.caveat("tie", text, check=name)
     _unseen_schedule(work, first)
+    if work.conclusions.diverged:
+        for text in source.findings(port):
+            work.conclusions.caveat("mapping", text)
     for note in source.notes(port):
         work.conclusions.caveat("translated", note)
     report = conclude(work.conclusions, port, first.reference, first.bound, source.reproduce.format(port=port))
@@ -182,8 +190,11 @@ def _unseen_schedule(work: Work, structure_: Structure) -> None:
             conclusions.caveat("schedule", text, check="step")
 
 
-def _noise(comparison: Comparison, examples: dict[int, Example]) -> Noise:
-    return lambda where, paths, size: comparison.noise(examples[where[1]], where, paths, size)
+def _noise(comparison: Comparison, examples: dict[int, Example]) -> tuple[Noise, Survived]:
+    return (
+        lambda where, paths, size: comparison.noise(examples[where[1]], where, paths, size),
+        lambda where: comparison.rounded(examples[where[1]], where),
+    )
 
 
 def _standing(work: Work, structure_: Structure) -> bool:
@@ -296,7 +307,7 @@ def _differs(structure_: Structure, plan: Plan, conclusions: Conclusions) -> boo
     work.plan = dataclasses.replace(plan, checks=work.conclusions.checks)
     example = structure_.examples[0]
     _observe(work, structure_, example, judge)
-    decisions = judge.decide(lambda where, paths, size: structure_.comparison.noise(example, where, paths, size))
+    decisions = judge.decide(*_noise(structure_.comparison, {example.index: example}))
     return bool(work.conclusions.diverged) or any(decision.differs for decision in decisions)
 
 

@@ -38,7 +38,8 @@ def plant(work: Work, structure: Structure, decisions: Sequence[Decision]) -> It
         for where, step, checks, shown in _runs(work, structure, seen.planted(example, leaf, size), leaf, size):
             for check in checks:
                 if (check, where) not in limits:
-                    limits[check, where] = seen.limits(decisions, check, where)
+                    own, widened = seen.limits(decisions, check, where), structure.comparison.rounded(example, where)
+                    limits[check, where] = {path: max(limit, widened.get(path, 0.0)) for path, limit in own.items()}
                 here = {path: limit for path, limit in limits[check, where].items() if path in shown}
                 change = seen.noticed(base[where, step], shown, here, size)
                 if change is not None:

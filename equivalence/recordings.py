@@ -56,8 +56,8 @@ def key(
     made = optimizer.reference(trained, optimizer.learning_rate)
     groups = [{name: value for name, value in group.items() if name != "params"} for group in made.param_groups]
     from equivalence import randomness, training
+    from equivalence.runtimes import constants, torch_environment, torch_lift, torch_steps, torch_tape, torch_training
     from equivalence.runtimes import torch as runtime
-    from equivalence.runtimes import torch_environment, torch_tape, torch_training
 
     depends = [
         FORMAT,
@@ -66,7 +66,9 @@ def key(
         torch.__version__,
         torch.__config__.show(),
         runner.threads or torch.get_num_threads(),
-        [runtime, torch_environment, torch_tape, torch_training, training, randomness],
+        [runtime, constants, torch_environment, torch_lift, torch_steps, torch_tape, torch_training],
+        [training, randomness],
+        runner.lifting.constants,
         dict(weights),
         [data.inputs, data.targets, data.plan.order, data.plan.batch_size, data.rows_are_batches],
         [type(made), groups, optimizer.learning_rate, optimizer.changes_rate, optimizer.reference, optimizer.scheduler],

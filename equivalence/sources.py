@@ -12,16 +12,19 @@ from hypothesis import strategies as st
 
 from equivalence import search
 from equivalence.comparison import Comparison
-from equivalence.errors import InputError
+from equivalence.errors import EquivalenceError, InputError
 from equivalence.frameworks import adapt
 from equivalence.frameworks.subject import Subject
 from equivalence.observation import Batch, Observation
 from equivalence.optimizers import OptimizerPair, resolve
 from equivalence.optimizers.pairs import horizon
+from equivalence.probing import settle
+from equivalence.rearrangements import finding
 from equivalence.runs import Example
 from equivalence.search import Trial
 from equivalence.spec import REFERENCE, BatchPlan, Spec, TrainingData
-from equivalence.weights import Mapping, infer
+from equivalence.weights import Mapping
+from equivalence.weights.infer import propose
 from equivalence.work import Structure
 
 BATCHES = 3
@@ -59,11 +62,13 @@ class Parts:
 
 
 def compared(
-    reference: Subject, port: Subject, mapping: Mapping | None, parts: Parts, seed: int
+    reference: Subject, port: Subject, mapping: Mapping | None, parts: Parts, seed: int, batch: Batch | None = None
 ) -> tuple[Any, Comparison]:
-    """`(bound, comparison)` of two subjects. Raises MappingError where the mapping does not fit."""
+    """`(bound, comparison)` of two subjects. Without a mapping one is inferred; what names leave open is decided on
+    `batch`, the user's example. Raises MappingError where the mapping does not fit, or where that asks for rules."""
     from equivalence.runtimes import jax as on_jax
     from equivalence.runtimes import torch as on_torch
+    from equivalence.runtimes.torch_found import Lifting
 
     if reference.runtime != "torch":
         raise InputError(f"the reference is a torch.nn.Module, not a model of {reference.framework}")
@@ -71,20 +76,29 @@ def compared(
         raise InputError(f"the port is a JAX model, not one of {port.framework}")
     reference.require_finite()
     port.require_finite()
-    mapping = infer(reference.leaves, port.leaves, reference.layers) if mapping is None else mapping
+    mapping = inferred(reference, port, parts, seed, batch) if mapping is None else mapping
     bound = mapping.bind(reference.leaves, port.leaves)
     ours, theirs = parts.losses or (None, None)
     step, port_step = parts.steps or (None, None)
     stepping = ours or on_torch.projection(seed), theirs or on_jax.projection(seed)
     trained = [path for path in reference.params if path not in reference.frozen]
+    lifted = Lifting(reference, bound.without_counterpart()[0])
     comparison = Comparison(
-        on_torch.TorchRunner(reference, ours, parts.select),
+        on_torch.TorchRunner(reference, ours, parts.select, lifted=lifted),
         on_jax.JaxRunner(port, bound, theirs, parts.select, frozen=reference.frozen),
-        on_torch.TorchRunner(reference, stepping[0], parts.select, step),
+        on_torch.TorchRunner(reference, stepping[0], parts.select, step, lifted),
         on_jax.JaxRunner(port, bound, stepping[1], parts.select, port_step, reference.frozen, trained),
         parts.optimizer,
     )
     return bound, comparison
+
+
+def inferred(reference: Subject, port: Subject, parts: Parts, seed: int, batch: Batch | None) -> Mapping:
+    """The mapping that names, types and shapes propose and a probe on `batch` settles; what is open is asked without
+    one. Frozen parameters are constants like buffers: a port need not hold them."""
+    constants = {*reference.buffers, *reference.frozen}
+    proposal = propose(reference.leaves, port.leaves, reference.layers, constants, port.framework)
+    return proposal.mapping() if batch is None else settle(proposal, reference, port, batch, parts.select, seed)
 
 
 @dataclass
@@ -136,6 +150,10 @@ class SpecSource:
     def count(self, port: str) -> int:
         """Examples a port."""
         return self.examples
+
+    def findings(self, port: str) -> list[str]:
+        """Nothing: a spec's mapping is given."""
+        return []
 
     def notes(self, port: str) -> list[str]:
         """Nothing: a spec's parts are its own."""
@@ -257,6 +275,8 @@ class PairSource:
     parts: Parts
     examples: int = EXAMPLES
     seed: int = 0
+    inferred: bool = False
+    """Whether the mapping was found here, not given."""
 
     @property
     def target(self) -> str:
@@ -277,6 +297,18 @@ class PairSource:
     def count(self, port: str) -> int:
         """Examples of the pair."""
         return self.examples
+
+    def findings(self, port: str) -> list[str]:
+        """Of a port that diverges under an inferred mapping: the rearrangement of weights under which it would not."""
+        if not self.inferred:
+            return []
+        made, first = self.made, self._drawn(1, self.seed)[0]
+        mapping = Mapping(dict.fromkeys(move.rule for move in made.bound.moves))
+        try:
+            found = finding(mapping, made.reference, made.port, first, self.parts.select, self.seed)
+        except EquivalenceError:  # a port that cannot be run for it, or draws otherwise: the checks have said so
+            found = None
+        return [] if found is None else [f"{found}; pass weights= with them to accept"]
 
     def notes(self, port: str) -> list[str]:
         """That an optimizer or a loss was translated, if it was."""
@@ -313,6 +345,8 @@ class PairSource:
     def _example(self, trial: Trial, index: int, drawn: Batch) -> Example:
         ours = self.made.reference
         weights = search.moved(ours.params, ours.buffers, ours.layers, trial.scale, trial.seed)
+        # a frozen table that the port computes is a constant: moved here alone it would be another model
+        weights |= {p: _own(ours)[p] for p in self.made.bound.without_counterpart()[0] if p in ours.frozen}
         if isinstance(self.inputs, st.SearchStrategy):
             first, ordinary = drawn, True
         else:
@@ -355,6 +389,13 @@ def _floats(leaves: Observation) -> Observation:
         p: np.asarray(v).astype(np.float32) if np.asarray(v).dtype.kind in "fV" else np.asarray(v)
         for p, v in leaves.items()
     }
+
+
+def first_batch(inputs: Any, targets: tuple[np.ndarray, ...], seed: int) -> Batch:
+    """The user's own example, or the first that their strategy gives: what an inferred mapping is probed on."""
+    if isinstance(inputs, st.SearchStrategy):
+        inputs = as_inputs(search.draw(inputs, 1, seed)[0])
+    return Batch(inputs, targets)
 
 
 def as_inputs(inputs: Any) -> Any:

@@ -42,7 +42,8 @@ def structure(
 def _leaves(reference: Subject, port: Subject, bound: Bound) -> list[tuple[str, str]]:
     found = []
     ours, theirs = bound.without_counterpart()
-    found += [(p, f"the port has no counterpart of the parameter {p}") for p in ours if p in reference.params]
+    learned = [p for p in ours if p in reference.params and p not in reference.frozen]
+    found += [(p, f"the port has no counterpart of the parameter {p}") for p in learned]
     found += [(p, f"the reference has no counterpart of the port's parameter {p}") for p in theirs if p in port.params]
     for move in bound.moves:
         for source in move.sources:

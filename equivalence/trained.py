@@ -10,6 +10,7 @@ from equivalence.conclusion import Conclusions
 from equivalence.coverage import planted
 from equivalence.numerics import IMPRECISE
 from equivalence.spec import TrainingData
+from equivalence.survivors import in_training
 from equivalence.training import Recorded, TrainingFinding, judge, moved, noticed, record, summary
 from equivalence.verdict import CheckReport, Verdict
 
@@ -40,6 +41,7 @@ def train(
         assert recorded is not None
         if name is not None:
             recordings.write(name, recorded)
+    recorded = in_training(comparison, example, recorded, data, seed)
     programs = {bits: WholeTraining(comparison.stepping_port, optimizer, bits, data) for bits in (32, 64)}
     runs = {bits: program.run(example.port_weights, recorded.draws, seed) for bits, program in programs.items()}
     findings = judge(recorded, runs[32], runs[64], example.elements, data.plan.batches)

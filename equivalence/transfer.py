@@ -30,6 +30,6 @@ def copy_weights(reference: Any, port: Any, weights: Rules | None = None) -> Any
     ours = torch.subject(reference, copy=False)
     mapping = weights if weights is not None else theirs.mapping
     if mapping is None:
-        mapping = infer(ours.leaves, theirs.leaves, ours.layers, ours.buffers, theirs.framework)
+        mapping = infer(ours.leaves, theirs.leaves, ours.layers, {*ours.buffers, *ours.frozen}, theirs.framework)
     bound = mapping.bind(ours.leaves, theirs.leaves)
     return theirs.put(copied(bound, {**ours.params, **ours.buffers}))

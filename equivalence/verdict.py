@@ -11,6 +11,10 @@ from equivalence.errors import DivergenceError, InconclusiveError
 
 Verdict = Literal["equivalent", "divergent", "inconclusive"]
 
+FLOAT64: tuple[str, ...] = ("native", "lifted", "float32 only")
+"""How a side's float64 runs are made, the sharpest first: the code as it is; with its hard-coded float32 lifted;
+with an operation in it that could not be."""
+
 EXIT_STATUS: dict[str, int] = {"equivalent": 0, "divergent": 1, "inconclusive": 3}
 
 CHECKS: tuple[str, ...] = (
@@ -99,6 +103,8 @@ class PortReport:
     caveats: tuple[Caveat, ...] = ()
     mapping: tuple[dict[str, str | None], ...] = ()
     divergence: Divergence | None = None
+    float64: dict[str, str] = field(default_factory=lambda: {"reference": "native", "port": "native"})
+    """How the float64 runs of each side were made: one of `FLOAT64`."""
     training: dict[str, Any] | None = field(default=None, compare=False)
     """What the `training` check saw beside its verdict: final losses, accuracies and the float32 twins."""
     power: dict[str, dict[str, float]] | None = field(default=None, compare=False)

@@ -40,7 +40,9 @@ def subject(model: nnx.Module) -> Subject:
     def apply(flat: Flat, buffers: Flat, args: Any, kwargs: Any, train: bool) -> tuple[Any, Flat]:
         module = merge(flat, buffers, train)
         outputs = module(*args, **kwargs)
-        return outputs, _flat(_split(module)[3])
+        _, held, _, rest_after = _split(module)
+        renewed = {path: value for path, value in _flat(held).items() if value is not flat[path]}
+        return outputs, {**renewed, **_flat(rest_after)}
 
     def put(leaves: Iterable[tuple[str, np.ndarray]]) -> nnx.Module:
         variables = {join(path): variable for path, variable in nnx.to_flat_state(nnx.state(model))}

@@ -38,7 +38,8 @@ class Subject:
     """One implementation, functional.
 
     `apply(params, buffers, args, kwargs, train) -> (outputs, buffers)` runs on arrays of its runtime; in JAX it is
-    traceable. `native`/`flat` translate flat params to the tree an Optax transformation sees and back.
+    traceable. Params that the call itself renewed (an embedding's `max_norm`) come back beside the buffers.
+    `native`/`flat` translate flat params to the tree an Optax transformation sees and back.
     """
 
     framework: str

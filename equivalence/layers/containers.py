@@ -13,10 +13,10 @@ from equivalence.weights import Rule
 Inside = Callable[[Any], Form]
 
 
-@layer("Identity", Example("nn.Identity()", ((4, 5),)), "nothing: additional arguments are ignored")
+@layer("Identity", Example("nn.Identity()", ((4, 5),)), "nothing")
 def identity(module: Any, inside: Inside) -> Form:
     """nn.Identity."""
-    return Form("Identity", lambda m, x, *_, **__: x, text="lambda x: x", anywhere=True)
+    return Form("Identity", lambda m, x: x, text="lambda x: x", anywhere=True)
 
 
 @layer(

@@ -108,6 +108,7 @@ def embedding(module: Any, inside: Inside) -> Form:
     """nn.Embedding."""
     held, _ = leaves(module)
     padding = module.padding_idx
+    own = Own("Embed", module.num_embeddings, module.embedding_dim)
     plain = padding is None and module.max_norm is None and not module.scale_grad_by_freq
 
     def call(m: Carrier, indices: Any) -> Any:
@@ -121,7 +122,7 @@ def embedding(module: Any, inside: Inside) -> Form:
         text="embedding[indices]" if plain else f"looked_up(embedding, indices, {padding})",
         rules=(Rule("weight", "embedding"),),
         held=held,
-        own={"linen": Own("Embed", module.num_embeddings, module.embedding_dim)} if plain else {},
+        own={"linen": own} if plain and module.num_embeddings > 1 else {},  # of one row Flax takes no bare number
     )
 
 

@@ -26,7 +26,7 @@ class Carrier(Protocol):
         """The leaf of that name, or None where the layer has none (`bias=False`)."""
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Keep a new value of a buffer."""
+        """Keep a new value of a buffer, or of a parameter that a call itself renews."""
 
     def key(self) -> Any:
         """A fresh key for random draws."""

@@ -79,7 +79,8 @@ def max_pool(x: Any, given: Window) -> Any:
     """The greatest value in each window over the axes before the last; padding never wins.
 
     https://docs.pytorch.org/docs/stable/generated/torch.nn.MaxPool2d.html: `nn.max_pool`, with a last window that
-    reaches over the end and with dilation, which it does not have. Raises InputError for what torch refuses.
+    reaches over the end and with dilation, which it does not have. A window of padding and -inf alone has no gradient.
+    Raises InputError for what torch refuses.
     """
     if max(given.dilation) > 1 or not jnp.issubdtype(x.dtype, jnp.inexact):
         return max_pool_places(x, given)[0]

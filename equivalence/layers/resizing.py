@@ -105,30 +105,39 @@ def resized(
         return adaptive_average(x, sizes)
     if min(sizes) < 1 or x.shape[-1] == 0:
         raise InputError(f"inputs {x.shape}, channels last, cannot be resized to {tuple(sizes)}: empty")
+    if mode == "bicubic" and tuple(sizes) == inputs:
+        return _graded(x, lambda x: _read(x, sizes, mode, align_corners, factors), lambda tangent: tangent)
+    return _read(x, sizes, mode, align_corners, factors)
+
+
+def _graded(x: Any, forward: Callable[[Any], Any], backward: Callable[[Any], Any]) -> Any:
+    """A linear function with the gradient of another, as torch has it where its two kernels do not match."""
+    function = jax.custom_jvp(forward)
+    function.defjvps(lambda tangent, _, x: backward(tangent))
+    return function(x)
+
+
+def _read(x: Any, sizes: Sequence[int], mode: str, align_corners: bool, factors: Sequence[float] | None) -> Any:
     real = np.dtype(x.dtype).type if x.dtype.itemsize >= 4 else np.float32
     small = len(sizes) == 2 and sum(sizes) <= SMALL
-    for i, (size, count) in enumerate(zip(inputs, sizes, strict=True)):
-        factor = None if factors is None else factors[i]
+    for axis, (size, count) in enumerate(zip(x.shape[1:-1], sizes, strict=True), 1):
+        factor = None if factors is None else factors[axis - 1]
         if mode.startswith("nearest"):
-            exact = mode == "nearest-exact"
-            backward = nearest_small(size, count, factor, exact)
-            forward = backward if small else nearest_large(size, count, factor, exact, real)
-            x = _read(x, i + 1, forward, backward)
+            x = _nearest(x, axis, count, factor, mode == "nearest-exact", real, small)
             continue
         step = _step(size, count, factor, align_corners, real)
         places, weights = (cubic if mode == "bicubic" else linear)(size, count, step, align_corners)
-        values = jnp.take(x, places, axis=i + 1)
-        x = (values * spread(weights, values.ndim, i + 1).astype(x.dtype)).sum(i + 2)
+        values = jnp.take(x, places, axis=axis)
+        x = (values * spread(weights, values.ndim, axis).astype(x.dtype)).sum(axis + 1)
     return x
 
 
-def _read(x: Any, axis: int, forward: np.ndarray, backward: np.ndarray) -> Any:
-    """The places read along an axis. Where they differ, the gradient goes to others, as torch's kernels have it."""
+def _nearest(x: Any, axis: int, count: int, factor: float | None, exact: bool, real: Any, small: bool) -> Any:
+    backward = nearest_small(x.shape[axis], count, factor, exact)
+    forward = backward if small else nearest_large(x.shape[axis], count, factor, exact, real)
     if (forward == backward).all():
         return jnp.take(x, forward, axis=axis)
-    read = jax.custom_jvp(lambda x: jnp.take(x, forward, axis=axis))
-    read.defjvps(lambda tangent, _, x: jnp.take(tangent, backward, axis=axis))
-    return read(x)
+    return _graded(x, lambda x: jnp.take(x, forward, axis=axis), lambda tangent: jnp.take(tangent, backward, axis=axis))
 
 
 def _step(size: int, count: int, factor: float | None, align_corners: bool, real: Any) -> Any:

@@ -8,7 +8,7 @@ import jinja2
 
 from equivalence.report.files import write_atomically
 from equivalence.report.summary import training_rows
-from equivalence.report.text import caveat_line, explain, figure
+from equivalence.report.text import caveat_line, explain, figure, float64_line
 from equivalence.verdict import Report
 
 
@@ -26,6 +26,7 @@ def render(report: Report) -> str:
         report=report,
         caveat_line=caveat_line,
         explain=explain,
+        float64_line=float64_line,
         training_rows=training_rows,
     )
 

@@ -57,9 +57,9 @@ parametrizations, and parameters that two layers share.
 
 A *gap* is measured in float64 on the line's own example with random weights: the largest distance, relative to the size
 of the array, of outputs and buffers (forward) and of gradients by inputs and weights (backward), over both frameworks
-and both modes, with the same draws. *Flax's own* says that Flax has exactly this layer; otherwise the function named is
-one of this package, carried by a module that keeps the weights under Flax's names. Measured with VERSIONS, on a CPU.
-This page is generated: `python -m equivalence.report.layers`.
+and both modes, with the same draws. *Flax's own* and *JAX's own* say that they have exactly this layer; otherwise the
+function named is one of this package, carried by a module that keeps the weights under Flax's names.
+Measured with VERSIONS, on a CPU. This page is generated: `python -m equivalence.report.layers`.
 """
 
 TAIL = """## In every line
@@ -89,9 +89,9 @@ def status(line: Line) -> str:
     """Whose layer the form is."""
     if line.forward is None:
         return "not called"
-    if not line.own:
-        return "this package's"
-    return "Flax's own" if len(line.own) == 2 else f"Flax's own in {line.own[0]}"
+    if line.own:
+        return "Flax's own" if len(line.own) == 2 else f"Flax's own in {line.own[0]}"
+    return "JAX's own" if line.nnx.startswith(("jax.", "jnp.")) else "this package's"
 
 
 def _table(lines: Sequence[Line]) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from equivalence import events
-from equivalence.report.text import caveat_line, explain, figure, shortened
+from equivalence.report.text import caveat_line, explain, figure, float64_line, shortened
 from equivalence.verdict import PortReport, Report
 
 STYLES = {"equivalent": "green", "divergent": "bold red", "inconclusive": "yellow"}
@@ -116,6 +116,8 @@ def print_port(console: Console, target: str, report: PortReport, power: bool = 
         for line in shortened(caveats):
             _wrapped(console, line)
     _wrapped(console, coverage_line(report))
+    if line := float64_line(report):
+        _wrapped(console, line)
     if report.training:
         console.print()
         console.print(training_table(report.training))

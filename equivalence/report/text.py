@@ -60,6 +60,17 @@ def caveat_line(summary: str, module: str | None, check: str | None) -> str:
     return f"{place}: {summary}" if place else summary
 
 
+def float64_line(report: PortReport) -> str:
+    """How the float64 runs of each side were made, where they are not simply the code as it is; else nothing.
+
+    >>> float64_line(PortReport("nnx", "equivalent", (), float64={"reference": "lifted", "port": "native"}))
+    'float64: reference lifted, port native'
+    """
+    if set(report.float64.values()) == {"native"}:
+        return ""
+    return f"float64: {', '.join(f'{side} {made}' for side, made in report.float64.items())}"
+
+
 def shortened(lines: Sequence[str]) -> list[str]:
     """The first few lines, and a count of the rest.
 

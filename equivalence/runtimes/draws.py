@@ -8,6 +8,7 @@ derivative rule it was written.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from jax.extend import core
 
 from equivalence.errors import UnsupportedDraw
 from equivalence.randomness import Draw
+from equivalence.runtimes.jax_constants import unwatched, watching
 
 SAMPLERS = {
     "_bernoulli": "bernoulli",
@@ -48,16 +50,17 @@ def _sampler(eqn: Any) -> str | None:
     return SAMPLERS.get(name if name.startswith("_") else f"_{name}")
 
 
-def _inner(eqn: Any) -> Any | None:
+def inner(eqn: Any) -> Any | None:
     """The one closed jaxpr that a call-like equation runs, or None."""
     for key in _INNER:
-        inner = eqn.params.get(key)
-        if inner is not None:
-            return inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
+        found = eqn.params.get(key)
+        if found is not None:
+            return found if hasattr(found, "consts") else core.ClosedJaxpr(found, ())
     return None
 
 
-def _all_inner(eqn: Any) -> Iterator[Any]:
+def all_inner(eqn: Any) -> Iterator[Any]:
+    """Every inner program among an equation's params, closed."""
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if hasattr(item, "eqns") or hasattr(getattr(item, "jaxpr", None), "eqns"):
@@ -67,7 +70,7 @@ def _all_inner(eqn: Any) -> Iterator[Any]:
 def _draws_inside(eqn: Any) -> bool:
     if _sampler(eqn) or eqn.primitive.name in RAW_BITS:
         return True
-    return any(_draws_inside(inner) for closed in _all_inner(eqn) for inner in closed.jaxpr.eqns)
+    return any(_draws_inside(one) for closed in all_inner(eqn) for one in closed.jaxpr.eqns)
 
 
 def find(closed: Any, known: Sequence[Any] | None = None) -> list[Draw]:
@@ -121,15 +124,21 @@ def _nested(eqn: Any, inputs: list[Any]) -> list[Draw]:
         consts = eqn.params["num_consts"]
         known = [*inputs[:consts], *[None] * (len(inputs) - consts)]
         return find(eqn.params["jaxpr"], known) * int(eqn.params["length"])
-    inner = _inner(eqn)
-    if inner is None or name not in TRANSPARENT:
+    called = inner(eqn)
+    if called is None or name not in TRANSPARENT:
         raise UnsupportedDraw(f"the port draws random numbers inside {name}, which the tape cannot follow")
-    return find(inner, inputs)
+    return find(called, inputs)
 
 
 def trace(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     """`(closed jaxpr, output tree)` of a function of pytrees; arguments may be abstract."""
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    made = jax.make_jaxpr(function, return_shape=True)
+    # Loops and branches may insist on the dtype of a NumPy array, which a float64 run keeps in float64.
+    with contextlib.suppress(*((TypeError,) if watching() else ())):
+        closed, shape = made(*args)
+        return closed, jax.tree_util.tree_structure(shape)
+    with unwatched():
+        closed, shape = made(*args)
     return closed, jax.tree_util.tree_structure(shape)
 
 
@@ -155,33 +164,46 @@ def with_draws(function: Callable[..., Any]) -> Callable[..., Any]:
     return replaced
 
 
+Rule = Callable[[Any, list[Any]], "list[Any] | None"]
+"""What an equation gives, from the equation and its inputs; None where it is to run as it stands."""
+
+
 def evaluate(closed: Any, args: Sequence[Any], draws: list[Any]) -> list[Any]:
     """Run a closed jaxpr, taking draws off the front of `draws`."""
+
+    def rule(eqn: Any, inputs: list[Any]) -> list[Any] | None:
+        kind = _sampler(eqn)
+        if kind is not None:
+            return [_served(kind, draws.pop(0), inputs, eqn.outvars[0].aval)]
+        if not _draws_inside(eqn):
+            return None
+        return _scan(eqn, inputs, draws) if eqn.primitive.name == "scan" else evaluate(inner(eqn), inputs, draws)
+
+    return walk(closed, args, rule)
+
+
+def walk(closed: Any, args: Sequence[Any], rule: Rule, constant: Callable[[Any, Any], Any] | None = None) -> list[Any]:
+    """Run a closed jaxpr equation by equation as `rule` says; `constant(value, aval)` stands for each constant."""
+    made = constant or (lambda value, aval: value)
     jaxpr = closed.jaxpr
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    values: dict[Any, Any] = {
+        var: made(value, var.aval) for var, value in zip(jaxpr.constvars, closed.consts, strict=True)
+    }
     values.update(zip(jaxpr.invars, args, strict=True))
 
     def value(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
+        return made(atom.val, atom.aval) if isinstance(atom, core.Literal) else values[atom]
 
     for eqn in jaxpr.eqns:
         inputs = [value(atom) for atom in eqn.invars]
-        kind = _sampler(eqn)
-        if kind is not None:
-            results = [_served(kind, draws.pop(0), inputs, eqn.outvars[0].aval)]
-        elif eqn.primitive.name == "scan" and _draws_inside(eqn):
-            results = _scan(eqn, inputs, draws)
-        elif _draws_inside(eqn):
-            results = evaluate(_inner(eqn), inputs, draws)
-        else:
-            results = _bind(eqn, inputs)
-        values.update(zip(eqn.outvars, results, strict=True))
+        results = rule(eqn, inputs)
+        values.update(zip(eqn.outvars, bind(eqn, inputs) if results is None else results, strict=True))
     return [value(atom) for atom in jaxpr.outvars]
 
 
-def _bind(eqn: Any, inputs: list[Any]) -> list[Any]:
-    """Run one equation as it stands; custom derivative rules and inner programs are kept."""
-    bound = eqn.primitive.get_bind_params(eqn.params)
+def bind(eqn: Any, inputs: Sequence[Any], **other: Any) -> list[Any]:
+    """Run one equation, with `other` params where given; custom derivative rules and inner programs are kept."""
+    bound = eqn.primitive.get_bind_params({**eqn.params, **other})
     functions, params = bound if isinstance(bound, tuple) else ((), bound)  # a pair before jax 0.10
     with eqn.ctx.manager:
         outcome = eqn.primitive.bind(*functions, *inputs, **params)
@@ -200,23 +222,31 @@ def _served(kind: str, draw: Any, inputs: list[Any], aval: Any) -> Any:
 
 def _scan(eqn: Any, inputs: list[Any], draws: list[Any]) -> list[Any]:
     """A scan whose body draws: the draws of all iterations become one more sequence that it scans over."""
-    consts, carry = int(eqn.params["num_consts"]), int(eqn.params["num_carry"])
-    length, body = int(eqn.params["length"]), eqn.params["jaxpr"]
+    consts, length, body = int(eqn.params["num_consts"]), int(eqn.params["length"]), eqn.params["jaxpr"]
     known = [item if isinstance(item, (np.ndarray, np.generic, int, float)) else None for item in inputs[:consts]]
     count = len(find(body, [*known, *[None] * (len(inputs) - consts)]))
     taken = [draws.pop(0) for _ in range(count * length)]
     stacked = [jnp.stack([jnp.asarray(taken[i * count + j]) for i in range(length)]) for j in range(count)]
+    return scan(eqn, inputs, lambda args, random: evaluate(body, args, list(random)), stacked)
+
+
+def scan(
+    eqn: Any, inputs: list[Any], body: Callable[[list[Any], Sequence[Any]], list[Any]], more: Sequence[Any] = ()
+) -> list[Any]:
+    """Run a scan's equation with another body: `body(inputs, row of each of more) -> results`."""
+    consts, carry = int(eqn.params["num_consts"]), int(eqn.params["num_carry"])
 
     def step(state: Any, given: Any) -> tuple[Any, Any]:
-        sequences, random = given
-        results = evaluate(body, [*inputs[:consts], *state, *sequences], list(random))
+        sequences, rows = given
+        results = body([*inputs[:consts], *state, *sequences], rows)
         return tuple(results[:carry]), tuple(results[carry:])
 
     final, outputs = jax.lax.scan(
         step,
         tuple(inputs[consts : consts + carry]),
-        (tuple(inputs[consts + carry :]), tuple(stacked)),
-        length=length,
+        (tuple(inputs[consts + carry :]), tuple(more)),
+        length=int(eqn.params["length"]),
         reverse=bool(eqn.params["reverse"]),
+        unroll=eqn.params["unroll"],
     )
     return [*final, *outputs]

@@ -7,6 +7,7 @@ what is compared needs no further moving, and XLA folds the transposes into its 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from equivalence.optimizers import OptimizerPair
 from equivalence.paths import flatten, rebuild
 from equivalence.randomness import Draw, assert_same_draws
 from equivalence.runtimes.draws import draws_of, with_draws
+from equivalence.runtimes.jax_constants import Memory, watched
+from equivalence.runtimes.jax_lift import Lifted, lifted
 from equivalence.weights import Bound
 
 if TYPE_CHECKING:
@@ -30,11 +33,14 @@ DTYPES: dict[int, Any] = {32: jnp.float32, 64: jnp.float64}
 
 
 @contextlib.contextmanager
-def environment(bits: int) -> Iterator[None]:
-    """x64 on for float64 and off for float32, matmul at its highest precision, for this thread and this block only."""
+def environment(bits: int, memory: Memory | None = None) -> Iterator[None]:
+    """x64 on for float64 and off for float32, matmul at its highest precision, for this thread and this block only.
+
+    In float64 the doubles that JAX rounds are put into `memory`; None is a new one.
+    """
     with jax.enable_x64(bits == 64), jax.default_matmul_precision("highest"):
         if bits == 64:
-            with _pinned():
+            with _pinned(), watched(memory):
                 yield
         else:
             yield
@@ -86,6 +92,11 @@ def _low(plain: np.ndarray) -> bool:
     return bool(jnp.issubdtype(plain.dtype, jnp.floating))
 
 
+def _shake(bits: int, seed: int | None) -> tuple[np.uint32, np.float64] | None:
+    """What lifted programs take as a seed and a size; numbers, so that one program serves all seeds and none."""
+    return (np.uint32((seed or 0) % 2**32), np.float64(seed is not None)) if bits == 64 else None
+
+
 def projection(seed: int) -> Callable[..., Any]:
     """A loss where none was given: the mean of the outputs against a fixed random cotangent."""
 
@@ -117,9 +128,20 @@ class JaxRunner:
         self.frozen = frozen
         self.trained = {path: tuple(bound.source.shape(path)) for path in trained}
         self.subject, self.bound, self.loss, self.select, self.own_step = subject, bound, loss, select, own_step
-        self._compiled = jax.jit(self._program, static_argnames=("train", "bits"))
-        self._advanced = jax.jit(self._buffers_after, static_argnames=("train", "bits"))
+        self.lifted, self.memory = Lifted(), Memory()
+        self._compiled = jax.jit(self._observed, static_argnames=("train", "bits"))
+        self._advanced = jax.jit(self._buffers_after, static_argnames="bits")
         self._known: dict[Any, Any] = {}
+
+    @property
+    def float64(self) -> str:
+        """How float64 runs are made: "native", "lifted", or "float32 only" where an operation could not be lifted."""
+        return self.lifted.float64
+
+    @property
+    def surviving(self) -> tuple[str, ...]:
+        """Each constant and operation that float64 runs left in low precision, in words."""
+        return self.lifted.surviving
 
     def load(self, weights: Flat, bits: int) -> tuple[Flat, Flat]:
         """Reference leaves as the port's params and buffers; leaves that only the port has keep their own values."""
@@ -146,6 +168,11 @@ class JaxRunner:
 
         outputs, after = with_draws(run)(draws, params, buffers, args, kwargs)
         return outputs, after
+
+    def _observed(self, shake: Any, *args: Any, train: bool, bits: int) -> Flat:
+        program = functools.partial(self._program, train=train, bits=bits)
+        found: Flat = (lifted(program, self.lifted, shake) if bits == 64 else program)(*args)
+        return found
 
     def _program(
         self, weights: Flat, inputs: Any, targets: Any, cotangents: Any, draws: Any, *, train: bool, bits: int
@@ -195,10 +222,14 @@ class JaxRunner:
             path for move in self.bound.moves for path in move.sources if set(move.targets) & set(self.subject.buffers)
         }
 
-    def _buffers_after(self, weights: Flat, inputs: Any, draws: Any, *, train: bool, bits: int) -> Flat:
-        params, buffers = self.load(weights, bits)
-        after = self._forward(params, buffers, inputs, draws, train)[1]
-        return {path: value for path, value in self.back(after).items() if path in self.buffer_paths}
+    def _buffers_after(self, shake: Any, *args: Any, bits: int) -> Flat:
+        def after(weights: Flat, inputs: Any, draws: Any) -> Flat:
+            params, buffers = self.load(weights, bits)
+            moved = self._forward(params, buffers, inputs, draws, True)[1]
+            return {path: value for path, value in self.back(moved).items() if path in self.buffer_paths}
+
+        found: Flat = (lifted(after, self.lifted, shake) if bits == 64 else after)(*args)
+        return found
 
     def _given(self, weights: Observation, bits: int) -> Flat:
         needed = {path for move in self.bound.moves if move.targets for path in move.sources}
@@ -222,7 +253,7 @@ class JaxRunner:
 
     def outputs_of(self, bits: int, weights: Observation, batch: Batch) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and kind of dtype of every output in eval mode; nothing is computed."""
-        with environment(bits):
+        with environment(bits, self.memory):
             given, moved = self._given(weights, bits), self._batch(batch, bits)
 
             def run(weights: Flat, inputs: Any) -> Any:
@@ -231,7 +262,7 @@ class JaxRunner:
                 outputs, _ = self.subject.apply(params, buffers, args, kwargs, False)
                 return {path: jnp.asarray(value) for path, value in flatten(self.select(outputs)).items()}
 
-            shapes = jax.eval_shape(run, given, moved.inputs)
+            shapes = jax.eval_shape(lifted(run, self.lifted) if bits == 64 else run, given, moved.inputs)
             return {path: (tuple(value.shape), np.dtype(value.dtype).kind) for path, value in shapes.items()}
 
     def observe(
@@ -243,9 +274,13 @@ class JaxRunner:
         seed: int,
         reference: Seen,
         compiled: bool = True,
+        shaken: int | None = None,
     ) -> Seen:
-        """The observation that `TorchRunner.observe` makes, of the port, fed the draws that `reference` was served."""
-        with environment(bits):
+        """The observation that `TorchRunner.observe` makes, of the port, fed the draws that `reference` was served.
+
+        With `shaken`, a seed, float64 runs move what survived lifting by up to its rounding.
+        """
+        with environment(bits, self.memory):
             given, moved = self._given(weights, bits), self._batch(batch, bits)
             self._check_draws(given, moved, train, reference.draws, bits)
             cotangents = {
@@ -253,17 +288,20 @@ class JaxRunner:
                 for path, value in reference.values.items()
                 if path.startswith("outputs.") and value.dtype.kind == "f"
             }
-            program = self._compiled if compiled else self._program
+            program = self._compiled if compiled else self._observed
             served = [jnp.asarray(value) for value in reference.served]
-            found = program(given, moved.inputs, moved.targets, cotangents, served, train=train, bits=bits)
+            shake = _shake(bits, shaken)
+            found = program(shake, given, moved.inputs, moved.targets, cotangents, served, train=train, bits=bits)
             return Seen(host(found))
 
-    def advance(self, bits: int, weights: Observation, batch: Batch, reference: Seen) -> Observation:
-        """The buffers after one training-mode call."""
-        with environment(bits):
+    def advance(
+        self, bits: int, weights: Observation, batch: Batch, reference: Seen, shaken: int | None = None
+    ) -> Observation:
+        """The buffers after one training-mode call; `shaken` as in `observe`."""
+        with environment(bits, self.memory):
             given, moved = self._given(weights, bits), self._batch(batch, bits)
             served = [jnp.asarray(value) for value in reference.served]
-            found: Observation = host(self._advanced(given, moved.inputs, served, train=True, bits=bits))
+            found: Observation = host(self._advanced(_shake(bits, shaken), given, moved.inputs, served, bits=bits))
             return found
 
     def program(

@@ -17,6 +17,7 @@ from equivalence.optimizers.trees import STEPS_TAKEN, Layout, entries, slots_in_
 from equivalence.randomness import Draw, assert_same_draws
 from equivalence.runtimes.draws import draws_of, with_draws
 from equivalence.runtimes.jax import JaxRunner, array, environment, host
+from equivalence.runtimes.jax_lift import lifted
 
 VALUES = frozenset(("ax",))
 """Fields of optimizer state that move as parameters do: averages of them."""
@@ -30,15 +31,23 @@ class StepProgram:
     ) -> None:
         self.runner, self.bits = runner, bits
         made = optimizer.transformation(rates, runner.trained, runner.bound)
-        whole = optax.with_extra_args_support(optax.chain(_recorder(), made) if gradients else made)
-        self.transformation = _lifted(whole) if bits == 64 else whole
+        self.transformation = optax.with_extra_args_support(optax.chain(_recorder(), made) if gradients else made)
         self._own = runner.subject.own_step if runner.own_step is not None else None
         # The old carry is given up: its memory serves the new one.
         self.compiled, self.start = jax.jit(self._observed, donate_argnums=1), jax.jit(self.init)
         self._known: dict[Any, list[Draw]] = {}
+        # The carry in the dtypes of the user's code, which are those that its branches and loops agree on.
+        self._held: Any = None
+
+    def _in_float64(self, function: Callable[..., Any], *as_if: Any) -> Callable[..., Any]:
+        return lifted(function, self.runner.lifted, as_if=as_if or None) if self.bits == 64 else function
 
     def init(self, weights: Flat) -> Any:
         """The carry at the start, from reference leaves."""
+        self._held = jax.eval_shape(self._init, weights)
+        return self._in_float64(self._init)(weights)
+
+    def _init(self, weights: Flat) -> Any:
         params, buffers = self.runner.load(weights, self.bits)
         if self._own is not None:
             return self._own.init(params, buffers, self.transformation)
@@ -58,9 +67,10 @@ class StepProgram:
             return runner.loss(runner.select(outputs), *targets), after
 
         (loss, after), gradients = jax.value_and_grad(objective, has_aux=True)(carry["params"])
+        held = {path: after.pop(path, value) for path, value in carry["params"].items()}
         frozen = runner.bound_frozen()
         gradients = {p: jnp.zeros_like(g) if p in frozen else g for p, g in gradients.items()}
-        native = subject.native(carry["params"])
+        native = subject.native(held)
         gradient = subject.native(gradients)
         updates, state = self.transformation.update(
             gradient,
@@ -71,12 +81,13 @@ class StepProgram:
             value_fn=lambda moved: objective(subject.flat(moved))[0],
         )
         moved = subject.flat(optax.apply_updates(native, updates))
-        params = {path: carry["params"][path] if path in frozen else moved[path] for path in carry["params"]}
+        params = {path: held[path] if path in frozen else moved[path] for path in held}
         return {"params": params, "buffers": after, "optimizer": state}, loss
 
     def run(self, draws: Sequence[Any], carry: Any, inputs: Any, targets: Any) -> tuple[Any, Any]:
         """One step with its draws served; traceable."""
-        result: tuple[Any, Any] = with_draws(self._step)(draws, carry, inputs, targets)
+        step = self._in_float64(with_draws(self._step), draws, self._held, inputs, targets)
+        result: tuple[Any, Any] = step(draws, carry, inputs, targets)
         return result
 
     def _observed(self, draws: Sequence[Any], carry: Any, inputs: Any, targets: Any) -> tuple[Any, Any, Flat]:
@@ -93,7 +104,7 @@ class StepProgram:
         """The draws that one step asks for; traced once for each shape of batch."""
         key = str(jax.tree_util.tree_map(lambda value: (value.shape, value.dtype), (inputs, targets)))
         if key not in self._known:
-            self._known[key] = draws_of(self._step, carry, inputs, targets)
+            self._known[key] = draws_of(self._step, self._held, inputs, targets)
         return self._known[key]
 
     def params(self, carry: Any) -> Flat:
@@ -108,8 +119,12 @@ class StepProgram:
     def outputs(self, carry: Any, inputs: Any) -> Any:
         """What the model in a carry returns in eval mode."""
         held = carry if self._own is None else {"params": self._own.params(carry), "buffers": self._own.buffers(carry)}
-        outputs, _ = self.runner.subject.apply(held["params"], held["buffers"], *call(inputs), False)
-        return self.runner.select(outputs)
+
+        def evaluate(params: Flat, buffers: Flat, inputs: Any) -> Any:
+            outputs, _ = self.runner.subject.apply(params, buffers, *call(inputs), False)
+            return self.runner.select(outputs)
+
+        return self._in_float64(evaluate)(held["params"], held["buffers"], inputs)
 
     def gradients(self, carry: Any) -> Flat:
         """The gradients that the optimizer received last, in the reference's terms."""
@@ -135,31 +150,6 @@ class StepProgram:
         return {path: value for path, value in self.runner.back(flat).items() if path in self.runner.buffer_paths}
 
 
-def _lifted(inner: Any) -> optax.GradientTransformationExtraArgs:
-    """The same transformation with its counters in int64: Optax divides them, and int32 over int32 is float32 even in
-    a float64 run (`linear_schedule`, `exponential_decay` and all that begin with them). Numbers that follow from them
-    (`inject_hyperparams`) are then held in float64 too; what a transformation casts back itself stays as it is."""
-
-    def init(params: Any) -> Any:
-        def wide(value: Any) -> Any:
-            return value.astype(jnp.int64) if value.dtype == jnp.int32 and jnp.ndim(value) == 0 else value
-
-        def settled(value: Any, after: Any) -> Any:
-            return value if value.dtype == after.dtype else value.astype(after.dtype)
-
-        state = jax.tree_util.tree_map(wide, inner.init(params))
-        zeros = jax.tree_util.tree_map(jnp.zeros_like, params)
-        extra = {"value": 0.0, "grad": zeros, "value_fn": optax.tree.sum}
-        try:
-            after = jax.eval_shape(lambda held: inner.update(zeros, held, params, **extra)[1], state)
-        except TypeError:
-            # branches that make counters of their own in int32 (reduce_on_plateau) need them to be held so
-            return inner.init(params)
-        return jax.tree_util.tree_map(settled, state, after)
-
-    return optax.GradientTransformationExtraArgs(init, inner.update)
-
-
 def _recorder() -> optax.GradientTransformation:
     """Remembers the gradients it is handed and passes them on: what a user's own step gave its optimizer."""
 
@@ -179,14 +169,14 @@ class JaxStepper:
     def __init__(self, program: StepProgram, weights: Observation) -> None:
         self.program, self.bits = program, program.bits
         self._seen: dict[str, Any] = {}
-        with environment(self.bits):
+        with environment(self.bits, self.program.runner.memory):
             self.carry = program.start(program.runner._given(weights, self.bits))
         held = entries(self.state(), program.runner.subject.params)
         self._owners = {(entry.owner, entry.field) for entry in held if not entry.translated}
 
     def step(self, batch: Batch, reference: Seen) -> Seen:
         """One step, fed the draws that the reference's step was served. Raises DrawsDiffer where it asks for others."""
-        with environment(self.bits):
+        with environment(self.bits, self.program.runner.memory):
             moved = batch.map(lambda value: array(value, self.bits))
             asked = self.program.draws(self.carry, moved.inputs, moved.targets)
             assert_same_draws(reference.draws, asked, "train step")
@@ -198,7 +188,7 @@ class JaxStepper:
     def resume(self, optimizer: Callable[[Any, Any], Any]) -> None:
         """Put the optimizer where `optimizer(Optax state, the port's params)` says; weights were given at the start."""
         runner = self.program.runner
-        with environment(self.bits):
+        with environment(self.bits, self.program.runner.memory):
             state = self.program.optimizer(self.carry)
             self.carry = self.program.with_optimizer(self.carry, optimizer(state, runner.subject.params))
 
@@ -212,13 +202,13 @@ class JaxStepper:
     def moved_at(self, counts: Sequence[int]) -> list[bool]:
         """Whether the schedules of the transformation, set to each of these counts, make another change than at 0."""
         runner, program = self.program.runner, self.program
-        with environment(self.bits):
+        with environment(self.bits, self.program.runner.memory):
             flat = program.port_params(self.carry)
             params, structure = runner.subject.native(flat), jax.tree_util.tree_structure(self.state())
             ones = jax.tree_util.tree_map(jnp.ones_like, params)
-            held = list(entries(self.state(), flat))
 
-            def size(count: Any) -> Any:
+            def size(count: Any, state: Any) -> Any:
+                held = list(entries(state, flat))
                 places = [STEPS_TAKEN.get(entry.owner) == entry.field for entry in held]
                 arrays = [
                     count.astype(e.array.dtype) if place else e.array for e, place in zip(held, places, strict=True)
@@ -227,7 +217,9 @@ class JaxStepper:
                 extra = {"value": 0.0, "grad": ones, "value_fn": optax.tree.sum}
                 return optax.tree.norm(program.transformation.update(ones, state, params, **extra)[0])
 
-            found = [float(size_) for size_ in map(jax.jit(size), map(jnp.asarray, (0, *counts)))]
+            first, state = jnp.asarray(0), program.optimizer(program._held)
+            run = jax.jit(program._in_float64(size, first, state))
+            found = [float(run(jnp.asarray(count), self.state())) for count in (0, *counts)]
         return [one != found[0] for one in found[1:]]
 
     def state(self) -> Any:

@@ -35,7 +35,7 @@ class WholeTraining:
     def draws(self, weights: Observation) -> dict[int, list[Draw]]:
         """The draws that a step asks for, by batch length; nothing is computed."""
         found = {}
-        with environment(self.bits):
+        with environment(self.bits, self.runner.memory):
             carry = jax.eval_shape(self.program.init, self.runner._given(weights, self.bits))
             for length in {self.plan.batch_size if self.full else 0, self.short} - {0}:
                 inputs, targets = self._abstract(length)
@@ -117,7 +117,7 @@ class WholeTraining:
             assert_same_draws(reference_draws.get(length, ()), asked, f"training step of {length} rows")
         served = self.serve(reference_draws, seed)
         parts = [slice(first, first + self.chunk) for first in range(0, self.plan.epochs, self.chunk)]
-        with environment(self.bits):
+        with environment(self.bits, self.runner.memory):
             start = self.runner._given(weights, self.bits)
             inputs = tuple(array(value, self.bits) for value in self.data.inputs)
             targets = tuple(array(value, self.bits) for value in self.data.targets)
@@ -128,7 +128,7 @@ class WholeTraining:
 
         def run() -> tuple[np.ndarray, Observation, Any]:
             losses, recorded = [], []
-            with environment(self.bits):
+            with environment(self.bits, self.runner.memory):
                 carry = self.program.start(start)
                 for order, draws in zip(orders, given, strict=True):
                     carry, (loss, params) = self._compiled(carry, order, draws, inputs, targets)
@@ -140,7 +140,7 @@ class WholeTraining:
 
     def outputs(self, carry: Any, inputs: tuple[np.ndarray, ...]) -> Any:
         """What the model in a carry returns in eval mode, a tree of NumPy arrays."""
-        with environment(self.bits):
+        with environment(self.bits, self.runner.memory):
             given = self.data.named(tuple(array(value, self.bits) for value in inputs))
             return host(self.program.outputs(carry, given))
 

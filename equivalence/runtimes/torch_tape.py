@@ -60,11 +60,31 @@ def _native_dropout(tape: Tape, func: Any, x: torch.Tensor, p: float, train: boo
     return x * mask / (1.0 - p), mask.bool()
 
 
+def _rrelu(
+    tape: Tape,
+    func: Any,
+    x: torch.Tensor,
+    noise: torch.Tensor,
+    lower: float = 0.125,
+    upper: float = 1 / 3,
+    training: bool = False,
+    generator: Any = None,
+) -> torch.Tensor:
+    """Its kernel draws a slope for every element that is not positive; the tape serves one for each element."""
+    if not training:
+        return func(x, noise, lower, upper, training)
+    slopes = _standard(tape, "uniform", x) * (upper - lower) + lower
+    noise.copy_(torch.where(x > 0, torch.ones_like(x), slopes))  # what its derivative reads
+    return x.mul_(noise) if func is _aten.rrelu_with_noise_.default else x * noise
+
+
 _aten = torch.ops.aten
 _SAMPLERS: dict[Any, Callable[..., Any]] = {
     _aten.bernoulli_.float: lambda tape, f, x, p=0.5, generator=None: x.copy_(_bernoulli(tape, x, p)),
     _aten.bernoulli.p: lambda tape, f, x, p=0.5, generator=None: _bernoulli(tape, x, p),
     _aten.native_dropout.default: _native_dropout,
+    _aten.rrelu_with_noise.default: _rrelu,
+    _aten.rrelu_with_noise_.default: _rrelu,
     _aten.uniform_.default: lambda tape, f, x, low=0.0, high=1.0, generator=None: x.copy_(
         _standard(tape, "uniform", x) * (high - low) + low
     ),

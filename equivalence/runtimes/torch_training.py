@@ -37,14 +37,16 @@ def train(
     seed: int,
     noise: Callable[[str, float], float] | None = None,
     noise_seed: int = 0,
+    shaken: int | None = None,
 ) -> Iterator[Trajectory | int]:
     """Train over the whole plan; yields the number of steps done now and then, and the trajectory at the end.
 
     `noise(leaf, rms of its gradient)` is the standard deviation of the jitter added to that leaf's gradient.
+    With `shaken`, a seed, what survives of float32 is moved by its rounding.
     The draws of step t come from the tape of `seed + t`. Raises DrawsDiffer where two steps of one batch length ask
     for different draws, since one compiled program could not serve both.
     """
-    stepper = runner.stepper(bits, weights, optimizer, [optimizer.learning_rate])
+    stepper = runner.stepper(bits, weights, optimizer, [optimizer.learning_rate], shaken)
     stepper.recording = False
     plan = data.plan
     inputs = tuple(tensor(array, bits) for array in data.inputs)

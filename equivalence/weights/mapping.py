@@ -71,13 +71,7 @@ class Mapping:
         Every source leaf is claimed exactly once and every target leaf produced exactly once; tied leaves may be
         named under any of their names. Raises MappingError with all problems in one message.
         """
-        problems: list[str] = []
-        moves: list[Move] = []
-        for rule in self.rules:
-            try:
-                moves += _bind(rule, source, target)
-            except MappingError as error:
-                problems.append(str(error))
+        moves, problems = self._moves(source, target)
         claimed = [path for move in moves for path in move.sources]
         produced = [path for move in moves for path in move.targets]
         problems += _totality("reference", source, claimed, "claimed", produced)
@@ -85,6 +79,23 @@ class Mapping:
         if problems:
             raise MappingError("the mapping does not fit: " + "; ".join(problems))
         return Bound(tuple(moves), source, target)
+
+    def bind_part(self, source: Leaves, target: Leaves) -> Bound:
+        """Resolve rules that are about some leaves only. Raises MappingError where one does not fit."""
+        moves, problems = self._moves(source, target)
+        if problems:
+            raise MappingError("; ".join(problems))
+        return Bound(tuple(moves), source, target)
+
+    def _moves(self, source: Leaves, target: Leaves) -> tuple[list[Move], list[str]]:
+        problems: list[str] = []
+        moves: list[Move] = []
+        for rule in self.rules:
+            try:
+                moves += _bind(rule, source, target)
+            except MappingError as error:
+                problems.append(str(error))
+        return moves, problems
 
 
 def _totality(side: str, leaves: Leaves, used: Sequence[str], verb: str, others: Sequence[str]) -> list[str]:
@@ -214,7 +225,7 @@ def _move(
     axes_target = tuple(sides[1].index([name]) for name in own[1])
     full_source = _with_axes(shape_source, axes_source, source_sizes)
     full_target = _with_axes(shape_target, axes_target, target_sizes)
-    lengths = _solve(rule, sides, (full_source, full_target), (sources[0], targets[0]))
+    lengths = solve(rule, sides, (full_source, full_target), (sources[0], targets[0]))
     return Move(rule, sources, targets, source_sizes, target_sizes, axes_source, axes_target, tuple(lengths.items()))
 
 
@@ -225,7 +236,7 @@ def _with_axes(shape: Shape, axes: Sequence[int], sizes: Sequence[int]) -> Shape
     return tuple(whole)
 
 
-def _solve(
+def solve(
     rule: Rule, sides: tuple[list[list[str]], list[list[str]]], shapes: tuple[Shape, Shape], paths: tuple[str, str]
 ) -> dict[str, int]:
     """The length of every axis of a pattern, from the shapes of both sides."""

@@ -14,7 +14,7 @@ pytest.importorskip("flax")
 import equivalence as eq  # noqa: E402 - they need the frameworks
 from equivalence import handover  # noqa: E402
 from equivalence.optimizers import state as moving  # noqa: E402
-from equivalence.runtimes.torch import TorchStepper  # noqa: E402
+from equivalence.runtimes.torch_steps import TorchStepper  # noqa: E402
 from tests.pairings import NnxMLP, NnxNorm, TorchNorm, rows, seeded, torch_mlp  # noqa: E402
 
 X, Y = rows(0, 6, 5), rows(1, 6, 3)

@@ -52,13 +52,15 @@ def disagree(
     weights = {**ours.params, **ours.buffers}
     served: dict[int, Seen] = {}
 
-    def batch(values: Arrays) -> Batch:
-        return batch_of({name[3:]: value for name, value in values.items() if name.startswith("in.")})
+    def batch(values: Arrays, number: int = calls - 1) -> Batch:
+        size = np.float32(calls - number)  # another batch in every call, the one that was given in the last
+        given = {name[3:]: value for name, value in values.items() if name.startswith("in.")}
+        return batch_of({name: size * value if value.dtype.kind == "f" else value for name, value in given.items()})
 
     def of_torch(bits: int, values: Arrays) -> Arrays:
         held = {path: values[f"leaf.{path}"] for path in weights}
         for number in range(calls - 1):
-            held.update(reference.advance(bits, held, batch(values), seed + number))
+            held.update(reference.advance(bits, held, batch(values, number), seed + number))
         seen = reference.observe(bits, held, batch(values), train, seed + calls - 1)
         served[bits] = seen
         return seen.values
@@ -66,8 +68,8 @@ def disagree(
     def of_port(bits: int, values: Arrays) -> Arrays:
         held = {path: values[f"leaf.{path}"] for path in weights}
         for number in range(calls - 1):
-            step = reference.observe(bits, held, batch(values), True, seed + number, gradients=False)
-            held.update(judged.advance(bits, held, batch(values), step))
+            step = reference.observe(bits, held, batch(values, number), True, seed + number, gradients=False)
+            held.update(judged.advance(bits, held, batch(values, number), step))
         return judged.observe(bits, held, batch(values), train, seed + calls - 1, served[bits], compiled).values
 
     given = {**{f"leaf.{path}": value for path, value in weights.items()}, **arrays}

@@ -87,6 +87,10 @@ def test_ties_in_a_maximum_give_the_gradient_to_the_first() -> None:
     assert_translates(module, np.array([1, 0, 3, 2, 3, 3]), np.array([0, 4]), moved=())
 
 
+def test_a_bare_number_in_an_embedding_of_one_row() -> None:
+    assert_translates(perturbed(nn.Embedding(1, 3)), np.array(0))
+
+
 def test_a_row_as_long_as_the_largest_norm_stays() -> None:
     module = nn.Embedding(3, 2, max_norm=5.0)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from typing import Any
@@ -15,17 +16,29 @@ from tests.torch_tables import MODULES, modules
 EVERY = 1 if os.environ.get("EQUIVALENCE_ALL") == "1" else 6
 """Of an entry's samples every so many are run; CI runs all."""
 
-GAPS: dict[tuple[str, str], str] = {}
-"""(class, framework) -> why no sample of it can hold."""
+PARTS = {
+    "LinearCrossEntropyLoss": 12,
+    "MultiheadAttention": 6,
+    "CrossEntropyLoss": 2,
+    **dict.fromkeys(("Transformer", "TransformerDecoderLayer", "TransformerEncoder", "TransformerEncoderLayer"), 6),
+    **dict.fromkeys(("GRU", "LSTM", "RNN"), 3),
+}
+"""Into how many tests the samples of a large entry are dealt, so that workers share them."""
 
 
 @pytest.mark.parametrize("to", FRAMEWORKS)
-@pytest.mark.parametrize("name", MODULES)
-def test_every_sample_of_the_entry(name: str, to: str) -> None:
-    different = [words for number in range(0, len(samples(name)), EVERY) if (words := judge(name, number, to))]
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [(name, part) for name in MODULES for part in range(PARTS.get(name, 1))],
+    ids=lambda value: str(value),
+)
+def test_every_sample_of_the_entry(name: str, part: int, to: str) -> None:
+    mine = range(part, len(samples(name)), PARTS.get(name, 1))[::EVERY]
+    different = [words for number in mine if (words := judge(name, number, to))]
     assert not different, "\n".join(different)
 
 
+@functools.cache
 def samples(name: str) -> list[tuple[bool, Any]]:
     """The samples of an entry, as (train mode, sample)."""
     info = modules()[name]
@@ -40,26 +53,41 @@ def samples(name: str) -> list[tuple[bool, Any]]:
 
 
 def judge(name: str, number: int, to: str) -> str:
-    """What differs in a sample, in words; empty where nothing does."""
+    """What differs in a sample, in words; empty where nothing does.
+
+    Precision is judged as `verify` judges it, by the median over examples: one alone may have a reference that is
+    exact by chance.
+    """
+    found = compared(name, number, to, number)
+    if found and all(path.endswith("(float32)") for path in found):
+        others = [compared(name, number, to, number + seed) for seed in range(1, 5)]
+        if sum(any(path in other for path in found) for other in others) < len(others) / 2:
+            return ""
+    train, sample = samples(name)[number]
+    given = sample.constructor_input
+    where = f"{name} sample {number} {sample.desc or ''} {given.args} {given.kwargs} {'train' if train else 'eval'}"
+    return f"{where}: {found}" if found else ""
+
+
+def compared(name: str, number: int, to: str, seed: int) -> dict[str, float]:
+    """The paths at which a sample's translation differs, with weights by this seed."""
     train, sample = samples(name)[number]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(number)
+        torch.manual_seed(seed)
         given = sample.constructor_input
         module = modules()[name].module_cls(*given.args, **given.kwargs)
         module.train(train)
         if any(torch.nn.parameter.is_lazy(leaf) for leaf in module.parameters()):
             module(*sample.forward_input.args, **sample.forward_input.kwargs)
-        found = disagree(
-            perturbed(module, number),
+        return disagree(
+            perturbed(module, seed),
             *sample.forward_input.args,
             to=to,
             train=train,
             calls=2 if train and any(True for _ in module.buffers()) else 1,
             **sample.forward_input.kwargs,
         )
-    where = f"{name} sample {number} {sample.desc or ''} {given.args} {given.kwargs} {'train' if train else 'eval'}"
-    return f"{where}: {found}" if found else ""
 
 
 def test_the_entries_are_the_database_s() -> None:

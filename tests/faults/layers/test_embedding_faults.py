@@ -140,7 +140,9 @@ def top_or_zero(rows: Any, kept: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("mode", "pick"), [("mean", mean), ("mean", root), ("max", top), ("max", top_or_zero)], ids=lambda given: str(given)
+    ("mode", "pick"),
+    [("mean", mean), ("mean", root), ("max", top), ("max", top_or_zero)],
+    ids=lambda given: getattr(given, "__name__", given),
 )
 def test_a_bag(mode: str, pick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{HERE}.bagged", by_axis(pick))
