@@ -73,7 +73,8 @@ def keep_programs(folder: Path) -> None:
 def array(value: np.ndarray, bits: int) -> Any:
     """A NumPy array as a JAX array: floats in the run's precision, others as x64 allows."""
     plain = np.asarray(value)
-    return jnp.asarray(plain.astype(DTYPES[bits])) if plain.dtype.kind == "f" else jnp.asarray(plain)
+    # Put, not converted by `jnp.asarray`: that compiles a program for every shape.
+    return jax.device_put(plain.astype(DTYPES[bits]) if plain.dtype.kind == "f" else plain)
 
 
 def host(tree: Any) -> Any:
@@ -289,7 +290,7 @@ class JaxRunner:
                 if path.startswith("outputs.") and value.dtype.kind == "f"
             }
             program = self._compiled if compiled else self._observed
-            served = [jnp.asarray(value) for value in reference.served]
+            served = [jax.device_put(value) for value in reference.served]
             shake = _shake(bits, shaken)
             found = program(shake, given, moved.inputs, moved.targets, cotangents, served, train=train, bits=bits)
             return Seen(host(found))
@@ -300,7 +301,7 @@ class JaxRunner:
         """The buffers after one training-mode call; `shaken` as in `observe`."""
         with environment(bits, self.memory):
             given, moved = self._given(weights, bits), self._batch(batch, bits)
-            served = [jnp.asarray(value) for value in reference.served]
+            served = [jax.device_put(value) for value in reference.served]
             found: Observation = host(self._advanced(_shake(bits, shaken), given, moved.inputs, served, bits=bits))
             return found
 

@@ -180,7 +180,7 @@ class JaxStepper:
             moved = batch.map(lambda value: array(value, self.bits))
             asked = self.program.draws(self.carry, moved.inputs, moved.targets)
             assert_same_draws(reference.draws, asked, "train step")
-            served = [jnp.asarray(value) for value in reference.served]
+            served = [jax.device_put(value) for value in reference.served]
             self.carry, loss, seen = self.program.compiled(served, self.carry, moved.inputs, moved.targets)
             self._seen = host(seen)
             return Seen({"loss": np.asarray(loss)})

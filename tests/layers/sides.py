@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 
@@ -17,6 +18,7 @@ from equivalence.runtimes.torch import TorchRunner
 from tests.agreement import disagreements
 
 FRAMEWORKS = ("nnx", "linen")
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -30,6 +32,7 @@ def disagree(
     port: Callable[..., Any] | None = None,
     seed: int = 0,
     compiled: bool = True,
+    optimised: bool = False,
     **kwargs: Any,
 ) -> dict[str, float]:
     """Paths at which `eq.translate(module, to)` differs from the module; empty for a right translation.
@@ -41,6 +44,7 @@ def disagree(
         moved: names of the arrays that noise moves (`"in.args.0"`, `"weight"`), see `agreement.disagreements`.
         port: a callable on the translation's subject that gives the one to judge instead, to plant a fault.
         compiled: whether the port runs under jit.
+        optimised: whether XLA optimises what it compiles; without, compiling takes half as long.
     """
     arrays = {f"in.{path}": array for path, array in arrays_of(inputs, kwargs).items()}
     ours = torch_subject(module)
@@ -49,6 +53,8 @@ def disagree(
     bound = theirs.mapping.bind(ours.leaves, theirs.leaves)
     left, right = (closed(side, inputs, kwargs) for side in (ours, theirs if port is None else port(theirs)))
     reference, judged = TorchRunner(left, None, present), JaxRunner(right, bound, None, present)
+    if not optimised:
+        judged._compiled = jax.jit(judged._observed, static_argnames=("train", "bits"), compiler_options=FAST)
     weights = {**ours.params, **ours.buffers}
     served: dict[int, Seen] = {}
 
