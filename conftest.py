@@ -5,7 +5,9 @@ Nothing here imports a framework: tests/test_architecture.py would say so.
 
 from __future__ import annotations
 
+import itertools
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,19 @@ settings.register_profile(
 )
 settings.register_profile("thorough", max_examples=1000, deadline=None, suppress_health_check=COMPILES)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+PROGRAMS_KEPT = 50
+"""Tests after which JAX forgets its programs: thousands of them would fill the memory of a worker."""
+
+_run = itertools.count(1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Let go of compiled programs now and then; those on disk are found again."""
+    if next(_run) % PROGRAMS_KEPT == 0 and "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from equivalence.checks import REGISTRY
+from equivalence.errors import InputError
 from equivalence.judgement import Finding, Where
 from equivalence.noise import noise
 from equivalence.numerics import Measure
@@ -72,10 +73,13 @@ class Comparison:
     def four(self, example: Example, train: bool) -> tuple[Four, Seen]:
         """All four observations, and the reference's float64 run with the draws it was served."""
         ours = {bits: self.reference_seen(example, bits, train) for bits in (32, 64)}
-        theirs = {
-            bits: self.port.observe(bits, example.port_weights, example.batches[0], train, example.seed, ours[64])
-            for bits in (32, 64)
-        }
+        try:
+            theirs = {
+                bits: self.port.observe(bits, example.port_weights, example.batches[0], train, example.seed, ours[64])
+                for bits in (32, 64)
+            }
+        except (NotImplementedError, TypeError, ValueError) as error:  # JAX refuses some programs a derivative
+            raise InputError(f"the port fails when its gradients are taken: {str(error).splitlines()[0]}") from error
         return Four(ours[32].values, ours[64].values, theirs[32].values, theirs[64].values), ours[64]
 
     def observed(

@@ -237,7 +237,7 @@ def conclude(conclusions: Conclusions, port: str, reference: Subject, bound: Bou
         text = f"the reference holds {len(reference.low)} leaves below float32; they ran in float32 and float64"
         conclusions.caveat("low precision", text, module=parent(reference.low[0]) or None)
     ours, theirs = bound.without_counterpart()
-    for leaf in [*(p for p in ours if p in reference.buffers), *theirs]:
+    for leaf in [*(p for p in ours if p in reference.buffers or p in reference.frozen), *theirs]:
         conclusions.caveat(
             "no counterpart", f"{leaf} exists on one side only and was not compared", parent(leaf) or None
         )

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from equivalence.judgement import Decision, Judge
-from equivalence.numerics import DIFFERS, IMPRECISE, SHRINK, U32, U64, accumulation, distance
+from equivalence.judgement import Decision, Judge, typical_precision
+from equivalence.numerics import AGREES, DIFFERS, IMPRECISE, SHRINK, U32, U64, accumulation, distance
 from equivalence.runs import Example
 from equivalence.verdict import CheckReport
 from equivalence.work import Structure, Work
@@ -68,6 +68,7 @@ def dtype_dependence(
     """Whether the reference is another function in float32 than in float64, far beyond what its noise explains. Then
     float64 says nothing of float32: that is named, and the two sides are compared in float32 directly."""
     comparison = structure_.comparison
+    _coarser(work, comparison.reference.coarsest, comparison.port.coarsest, decisions)
     for decision in decisions:
         finding = decision.finding
         m, where = finding.measure, finding.where
@@ -93,3 +94,23 @@ def dtype_dependence(
                 CheckReport("outputs", "divergent", examples=1, worst=finding.path, message=message)
             )
         return
+
+
+def _coarser(work: Work, reference: float, port: float, decisions: Sequence[Decision]) -> None:
+    """Whether one side computes in a dtype coarser than float32 and than all of the other's: lifting hides that from
+    the gap. It is named; of a port it is a difference where the outputs show it beyond what rounding may do."""
+    if max(reference, port) <= U32 or reference == port:
+        return
+    side, roundoff = ("port", port) if port > reference else ("reference", reference)
+    work.conclusions.caveat(
+        "dtype", f"the {side} computes in a dtype that rounds by {roundoff:.1g}, the other in none so coarse"
+    )
+    if side == "reference":
+        return
+    shown = {
+        d.finding.path: typical_precision(decisions, d.finding.path) for d in decisions if d.finding.check == "outputs"
+    }
+    path, worst = max(((p, value or 0.0) for p, value in shown.items()), key=lambda pair: pair[1], default=("", 0.0))
+    if worst > AGREES:
+        message = f"less precise than the reference: {path} errs {worst:.3g} times as much in float32"
+        work.conclusions.direct(CheckReport("outputs", "divergent", examples=1, worst=path, message=message))

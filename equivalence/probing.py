@@ -44,13 +44,15 @@ def settle(
         return _settled(proposal, Probe(reference, port, select), batch, seed)
     except MappingError:
         raise
-    except EquivalenceError as error:
-        raise MappingError(f"{proposal.refused}; nor could a run decide: {error}") from error
+    except Exception as error:  # whatever a framework raises: gradients that a port does not have, say
+        text = str(error).strip().partition("\n")[0]
+        told = text if isinstance(error, EquivalenceError) else f"{type(error).__name__}: {text}"
+        raise MappingError(f"{proposal.refused}; nor could a run decide: {told}") from error
 
 
 def _settled(proposal: Proposal, probe: Probe, batch: Batch, seed: int) -> Mapping:
     if not probe.comparable(batch, seed):
-        return proposal.mapping()
+        raise MappingError(f"{proposal.refused}; nor could a run decide: the sides return arrays of other shapes")
     extra: list[Rule] = []
     if proposal.problems:
         lost = [Rule(path, None) for path in proposal.left[0]] + [Rule(None, path) for path in proposal.left[1]]

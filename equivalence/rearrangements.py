@@ -16,7 +16,7 @@ from equivalence.observation import Batch
 from equivalence.probing import Agreement, Probe
 from equivalence.runs import Four
 from equivalence.weights import Leaves, Mapping, Rule
-from equivalence.weights.naming import concepts, read
+from equivalence.weights.naming import PLACES, concepts, read
 from equivalence.weights.rules import groups, matcher
 
 TRIED = 100
@@ -62,7 +62,7 @@ def _put(rules: Sequence[Rule], new: dict[Rule, Rule]) -> list[Rule]:
 
 def _means(rule: Rule) -> frozenset[str]:
     """What the last word of a rule's source may mean."""
-    words = [word for word in read(rule.source or "").words if word != "#"]
+    words = [word for word in read(rule.source or "").words if word not in PLACES]
     return concepts(words[-1]) if words else frozenset()
 
 

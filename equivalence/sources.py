@@ -25,6 +25,7 @@ from equivalence.search import Trial
 from equivalence.spec import REFERENCE, BatchPlan, Spec, TrainingData
 from equivalence.weights import Mapping
 from equivalence.weights.infer import propose
+from equivalence.weights.layouts import constants
 from equivalence.work import Structure
 
 BATCHES = 3
@@ -95,9 +96,9 @@ def compared(
 
 def inferred(reference: Subject, port: Subject, parts: Parts, seed: int, batch: Batch | None) -> Mapping:
     """The mapping that names, types and shapes propose and a probe on `batch` settles; what is open is asked without
-    one. Frozen parameters are constants like buffers: a port need not hold them."""
-    constants = {*reference.buffers, *reference.frozen}
-    proposal = propose(reference.leaves, port.leaves, reference.layers, constants, port.framework)
+    one. Frozen parameters are constants like buffers, unless they are zeros or ones: a port need not hold them."""
+    held = {*reference.buffers, *constants({path: reference.params[path] for path in reference.frozen})}
+    proposal = propose(reference.leaves, port.leaves, reference.layers, held, port.framework)
     return proposal.mapping() if batch is None else settle(proposal, reference, port, batch, parts.select, seed)
 
 

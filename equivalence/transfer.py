@@ -9,6 +9,7 @@ from equivalence.frameworks import adapt
 from equivalence.weights import Mapping as Rules
 from equivalence.weights import infer
 from equivalence.weights.copying import copied
+from equivalence.weights.layouts import constants
 
 
 def copy_weights(reference: Any, port: Any, weights: Rules | None = None) -> Any:
@@ -30,6 +31,7 @@ def copy_weights(reference: Any, port: Any, weights: Rules | None = None) -> Any
     ours = torch.subject(reference, copy=False)
     mapping = weights if weights is not None else theirs.mapping
     if mapping is None:
-        mapping = infer(ours.leaves, theirs.leaves, ours.layers, {*ours.buffers, *ours.frozen}, theirs.framework)
+        held = {*ours.buffers, *constants({path: ours.params[path] for path in ours.frozen})}
+        mapping = infer(ours.leaves, theirs.leaves, ours.layers, held, theirs.framework)
     bound = mapping.bind(ours.leaves, theirs.leaves)
     return theirs.put(copied(bound, {**ours.params, **ours.buffers}))

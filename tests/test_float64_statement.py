@@ -26,6 +26,8 @@ CHECKS = ("outputs", "input_gradients", "parameter_gradients")
 WIDTH, TABLE = 10, 6
 HELD = (1.0 / 10000.0 ** (np.arange(0, TABLE, 2) / TABLE)).astype(np.float32)
 """A table rounded before the port is traced."""
+LONG = float(np.exp(-1.0))
+"""A number that no short decimal or closed form names."""
 
 
 class Cast(nn.Module):
@@ -156,12 +158,12 @@ def test_a_fault_is_seen_beside_a_table_that_was_rounded(fault):
 
 
 def test_a_constant_that_no_short_decimal_names_bounds_the_resolution():
-    report = judged(constant=1 / 3, scale=1 / 3, asked=1e-4)
+    report = judged(constant=LONG, scale=LONG, asked=1e-4)
     assert report.verdict == "equivalent", report.to_dict()
     assert 1e-7 < resolution(report) <= 1e-5
     assert any("scale" in c.summary for c in report.reports[0].caveats)
-    assert judged(constant=1 / 3, scale=0.3334).verdict == "divergent"
-    blunt = judged(constant=1 / 3, scale=1 / 3, asked=resolution(report) / 2)
+    assert judged(constant=LONG, scale=0.3679).verdict == "divergent"
+    blunt = judged(constant=LONG, scale=LONG, asked=resolution(report) / 2)
     assert blunt.verdict == "inconclusive"
 
 
@@ -186,3 +188,43 @@ def test_a_model_without_casts_is_native():
     report = eq.verify(reference, port, (normal(4, 5),), weights=rules, checks=["outputs"], examples=1)
     assert report.reports[0].float64 == {"reference": "native", "port": "native"}
     assert float64_line(report.reports[0]) == ""
+
+
+def diluted(inner: Any, part: float) -> Any:
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        h = x @ p["weight"].T + p["bias"]
+        return h + part * jnp.tanh(h.astype(inner or h.dtype)).astype(h.dtype)
+
+    return eq.function(apply, {"weight": np.zeros((5, 6), np.float32), "bias": np.zeros(5, np.float32)})
+
+
+class Diluted(nn.Linear):
+    """A linear layer and a small part of its tanh, in the precision of its input unless told otherwise."""
+
+    def __init__(self, inner: torch.dtype | None, part: float, autocast: bool = False) -> None:
+        super().__init__(6, 5)
+        self.inner, self.part, self.autocast = inner, part, autocast
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            product = h @ torch.eye(5, dtype=h.dtype) if self.autocast else h.to(self.inner or h.dtype)
+        return h + self.part * product.tanh().to(h.dtype)
+
+
+@pytest.mark.parametrize(("inner", "part"), [(jnp.float16, 0.03), (jnp.bfloat16, 0.01), (jnp.float32, 0.03)], ids=str)
+def test_half_precision_in_a_small_part_of_a_port_is_a_divergence(inner, part):
+    reference = seeded(lambda: Diluted(None, part))
+    report = eq.verify(reference, diluted(inner, part), (normal(4, 6),), checks=["outputs"], examples=3)
+    assert report.verdict == ("equivalent" if inner == jnp.float32 else "divergent")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_on_both_sides_is_right_and_named_where_one_is_coarser(autocast):
+    reference = seeded(lambda: Diluted(torch.bfloat16, 0.03, autocast))
+    named = []
+    for inner in (jnp.bfloat16, jnp.float16):
+        report = eq.verify(reference, diluted(inner, 0.03), (normal(4, 6),), checks=["outputs"], examples=3)
+        assert report.verdict == "equivalent", report.to_dict()
+        named.append(any("the reference computes in a dtype" in c.summary for c in report.reports[0].caveats))
+    assert named == [False, True]

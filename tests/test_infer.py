@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from equivalence.errors import MappingError
 from equivalence.weights import Leaves, Rule, infer
 from equivalence.weights.infer import propose
+from equivalence.weights.layouts import constants
 from equivalence.weights.naming import read
 
 WIDTH, HEADS, SIZE, INNER, WORDS, PLACES = 12, 3, 4, 20, 31, 7
@@ -267,13 +268,17 @@ def test_a_convolution_and_its_statistics_in_collections_of_their_own() -> None:
         np.testing.assert_array_equal(got[theirs], given_[f"bn.{ours}"])
 
 
-def test_gates_in_one_leaf_and_in_leaves_of_their_own() -> None:
+@pytest.mark.parametrize("keyword", ["f", "f_"])
+def test_gates_in_one_leaf_and_in_leaves_of_their_own(keyword: str) -> None:
+    """NNX calls the forget gate `if_`: `if` is Python's."""
     source = Leaves({"rnn.weight_ih_l0": (12, 5), "rnn.weight_hh_l0": (12, 3)})
-    target = {f"cell.i{gate}.kernel": (5, 3) for gate in "figo"} | {f"cell.h{gate}.kernel": (3, 3) for gate in "ogif"}
+    spelt = {"f": keyword}
+    target = {f"cell.i{spelt.get(gate, gate)}.kernel": (5, 3) for gate in "figo"}
+    target |= {f"cell.h{gate}.kernel": (3, 3) for gate in "ogif"}
     got, given_ = moved(source, Leaves(target), dict.fromkeys(source.shapes, "LSTM")), numbered(source)
     for place, gate in enumerate("ifgo"):
         rows = slice(3 * place, 3 * place + 3)
-        np.testing.assert_array_equal(got[f"cell.i{gate}.kernel"], given_["rnn.weight_ih_l0"][rows].T)
+        np.testing.assert_array_equal(got[f"cell.i{spelt.get(gate, gate)}.kernel"], given_["rnn.weight_ih_l0"][rows].T)
         np.testing.assert_array_equal(got[f"cell.h{gate}.kernel"], given_["rnn.weight_hh_l0"][rows].T)
 
 
@@ -320,6 +325,83 @@ def test_a_leaf_tied_on_both_sides_is_moved_once() -> None:
     )
 
 
+@pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"), ("gate", "up", "wo")])
+def test_numbers_that_say_something_else_are_no_evidence(names: tuple[str, str, str]) -> None:
+    """Llama's `w1` is the gate and `w3` the way up: neither is the first linear layer that `up_proj` implies."""
+    shapes = {"w1": (7, 5), "w2": (5, 7), "w3": (7, 5)}
+    source = Leaves({f"layers.{i}.feed_forward.{name}.weight": s for i in range(2) for name, s in shapes.items()})
+    turned = [(5, 7), (5, 7), (7, 5)]
+    target = Leaves({f"layers.{i}.mlp.{n}.kernel": s for i in range(2) for n, s in zip(names, turned, strict=True)})
+    proposal = propose(source, target, dict.fromkeys(source.shapes, "Linear"))
+    assert not proposal.problems
+    open_ = [choice for choice in proposal.choices if any("w1" in (r.source or "") for r in choice.alternatives[0])]
+    for number, choice in enumerate(open_):
+        ends = [{(rule.source, rule.target) for rule in way} for way in choice.alternatives]
+        ours, theirs = f"layers.{number}.feed_forward", f"layers.{number}.mlp"
+        for one, three in ((names[0], names[1]), (names[1], names[0])):
+            wanted = {(f"{ours}.w1.weight", one), (f"{ours}.w3.weight", three)}
+            assert {(s, f"{theirs}.{name}.kernel") for s, name in wanted} in ends
+    assert len(open_) == 2
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (
+            ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            ("pre_attn_norm", "post_attn_norm", "pre_mlp_norm", "post_mlp_norm"),
+        ),
+        (("norm1", "norm2", "norm3"), ("self_attn_norm", "cross_attn_norm", "ffn_norm")),
+    ],
+)
+def test_a_name_implies_no_place_among_more_than_two_norms(ours: tuple[str, ...], theirs: tuple[str, ...]) -> None:
+    source = Leaves({f"h.{i}.{name}.weight": (5,) for i in range(2) for name in ours})
+    target = Leaves({f"h.{i}.{name}.scale": (5,) for i in range(2) for name in theirs})
+    proposal = propose(source, target, dict.fromkeys(source.shapes, "LayerNorm"))
+    assert not proposal.problems
+    right = {(f"h.{i}.{a}.weight", f"h.{i}.{b}.scale") for i in range(2) for a, b in zip(ours, theirs, strict=True)}
+    assert {(rule.source, rule.target) for rule in proposal.rules} <= right
+    for choice in proposal.choices:
+        assert any({(rule.source, rule.target) for rule in way} <= right for way in choice.alternatives)
+
+
+def test_what_little_a_name_says_is_never_left_to_a_run() -> None:
+    """Under parents that share nothing a query is still no key; a run that would have it so is not asked."""
+    ours, theirs = "red.green.blue.violet.black.white", "uno.dos.tres.quatro.cinco.seis"
+    beside = [f"x{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    source, kinds = linear(*(f"{ours}.{name}" for name in ("query", "key", "value")), *beside)
+    shapes = {f"{name}.weight": (5, 6 + place) for place, name in enumerate(beside)}
+    target = {f"{theirs}.{name}.kernel": (5, 5) for name in ("q_proj", "k_proj", "v_proj")}
+    target |= {f"{name}.kernel": (6 + place, 5) for place, name in enumerate(beside)}
+    proposal = propose(Leaves({**source.shapes, **shapes}), Leaves(target), kinds)
+    found = [*proposal.rules, *(r for choice in proposal.choices for way in choice.alternatives for r in way)]
+    for a, b in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        assert {r.target for r in found if r.source == f"{ours}.{a}.weight"} == {f"{theirs}.{b}.kernel"}
+
+
+def test_a_linear_layer_of_the_users_own_may_keep_either_layout() -> None:
+    source = Leaves({"a.weight": (4, 5)})
+    got = moved(source, Leaves({"a.kernel": (4, 5)}), {"a.weight": "FastLinear"})
+    np.testing.assert_array_equal(got["a.kernel"], numbered(source)["a.weight"])
+    square = Leaves({"a.weight": (5, 5)})
+    assert len(propose(square, Leaves({"a.kernel": (5, 5)}), {"a.weight": "FastLinear"}).choices) == 1
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [((5, 5, 3, 2), (5, 5, 3, 2)), ((6, 5, 3, 2), (10, 3, 3, 2))])
+def test_equinox_keeps_a_transposed_convolution_turned_and_its_groups_with_the_outputs(
+    ours: tuple[int, ...], theirs: tuple[int, ...]
+) -> None:
+    source, groups = Leaves({"up.weight": ours}), ours[0] // theirs[1]
+    got = moved(source, Leaves({"up.weight": theirs}), {"up.weight": "ConvTranspose2d"}, "equinox")["up.weight"]
+    parts = np.split(numbered(source)["up.weight"][:, :, ::-1, ::-1], groups)
+    np.testing.assert_array_equal(got, np.concatenate([part.swapaxes(0, 1) for part in parts]))
+
+
+def test_constants_that_forgetting_would_not_show_are_no_constants() -> None:
+    ones, table = np.ones(3, np.float32), np.array([0.0, 1.0], np.float32)
+    assert constants({"one": ones, "zero": 0 * ones, "eps": ones * 1e-5, "table": table}) == {"eps", "table"}
+
+
 def test_constants_that_the_port_does_not_hold_are_let_go_and_parameters_are_not() -> None:
     source = Leaves({"fc.weight": (3, 4), "h.0.mask": (6, 6), "h.1.mask": (6, 6)})
     target, kinds = Leaves({"fc.kernel": (4, 3)}), {"fc.weight": "Linear"}
@@ -364,7 +446,7 @@ def test_what_does_not_fit_is_refused_by_name(fault: str) -> None:
         ("rnn.weight_ih_l1", ("rnn", "ih", "l", "#"), (1,), "weight"),
         ("attn.in_proj_bias", ("attn", "in_proj"), (), "bias"),
         ("conv.parametrizations.weight.original0", ("conv", "g"), (), "weight"),
-        ("h.0.mlp.c_proj.weight", ("h", "#", "mlp", "fc", "#"), (0, 2), "weight"),
+        ("h.0.mlp.c_proj.weight", ("h", "#", "mlp", "fc", "nth"), (0, 2), "weight"),
         ("h.0.attn.c_proj.weight", ("h", "#", "attn", "c_proj"), (0,), "weight"),
         ("cls_token", ("cls", "token"), (), "value"),
     ],

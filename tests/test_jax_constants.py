@@ -17,6 +17,7 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402 - they need jax
 
 from equivalence.runtimes import jax_constants  # noqa: E402
+from equivalence.runtimes.closed_forms import closed_form  # noqa: E402
 from equivalence.runtimes.jax import environment  # noqa: E402
 from equivalence.runtimes.jax_constants import exact, stays, watched  # noqa: E402
 from equivalence.runtimes.jax_lift import Lifted, lifted  # noqa: E402
@@ -33,7 +34,7 @@ def float64() -> Iterator[None]:
 
 def same(made: np.ndarray, wanted: np.ndarray) -> bool:
     """Equal but for what float64 rounds at the size of the largest element."""
-    return bool(np.max(np.abs(made - wanted)) <= 8 * np.finfo(np.float64).eps * max(1.0, np.max(np.abs(wanted))))
+    return bool(np.max(np.abs(made - wanted)) <= 2.0**-49 * max(1.0, np.max(np.abs(wanted))))
 
 
 def found(function: Any, *args: Any) -> tuple[Any, tuple[str, ...]]:
@@ -42,10 +43,82 @@ def found(function: Any, *args: Any) -> tuple[Any, tuple[str, ...]]:
 
 
 @given(st.integers(1, 999_999), st.integers(-20, 20), st.booleans())
-def test_a_decimal_of_six_digits_is_recovered(digits: int, power: int, negative: bool) -> None:
+def test_a_decimal_of_six_digits_is_recovered_unless_it_is_alone(digits: int, power: int, negative: bool) -> None:
     written = float(f"{'-' if negative else ''}{digits}e{power}")
     rounded = np.float32(written)
-    assert exact(np.array(rounded)) == (rounded if stays(rounded) else written)
+    wanted = float(rounded) if stays(rounded) else written
+    made = exact(np.float32([rounded, 0.71]))
+    assert made is not None
+    assert made.tolist() == [wanted, 0.71] or written == -0.71
+    alone = exact(np.array(rounded))
+    if closed_form(float(rounded)) is None and (digits <= 99_999 or stays(rounded)):
+        assert alone == wanted
+
+
+@pytest.mark.parametrize("of", [lambda n: 1 / n, np.sqrt, lambda n: 1 / np.sqrt(n)], ids=["1/n", "sqrt", "rsqrt"])
+def test_a_number_that_is_a_short_decimal_by_chance_is_not_taken_for_it(of: Any) -> None:
+    """One in twenty is of six digits: 1/sqrt(47), sqrt(35), 1/101."""
+    for number in np.arange(1.0, 1025.0):
+        made = exact(np.array(of(number), np.float32))
+        assert made is None or abs(float(made) / of(number) - 1) < 2.0**-50
+
+
+def test_a_complex_number_keeps_its_shape() -> None:
+    turned = exact(np.array(0.1 + 1j, np.complex64))
+    assert turned is not None
+    assert turned.shape == ()
+    made, _ = found(lambda x: jnp.real((x.astype(jnp.float32) * 1j)[None] * (1j * x.astype(jnp.float32))[:, None]), X)
+    assert same(made, -X[None] * X[:, None])
+
+
+@pytest.mark.parametrize("make", [np.float32, jnp.float32, lambda n: np.array(n, np.float32)], ids=["np", "jnp", "0-d"])
+def test_a_float32_number_beside_float64_is_recovered_or_survives(make: Any) -> None:
+    made, surviving = found(lambda x: make(0.1) * x, X)
+    assert same(made, 0.1 * X)
+    assert surviving == ()
+
+
+@pytest.mark.parametrize("make", [np.float32, lambda n: np.array(n, np.float32)], ids=["np", "0-d"])
+def test_a_float32_number_beside_float64_that_nothing_names_survives(make: Any) -> None:
+    held = make(np.exp(-3.7))
+    made, surviving = found(lambda x: jax.jit(lambda x: jnp.maximum(held, x))(x) * held, X)
+    assert same(made, np.maximum(float(held), X) * float(held))
+    assert surviving == (f"float32 constant {float(held):.9g}",)
+
+
+def test_user_code_may_insist_on_numpy_as_it_is() -> None:
+    def insists(x: Any) -> Any:
+        table = np.arange(6, dtype=np.float32)
+        assert type(table) is np.ndarray
+        assert table.dtype == np.float32
+        return x * (table.view(np.int32) % 7)
+
+    with jax_constants.unwatched():
+        bits = np.arange(6, dtype=np.float32).view(np.int32) % 7
+    assert same(found(insists, X)[0], X * bits)
+
+
+def test_limits_are_float32s_in_this_thread_and_block_and_put_back_in_any_order() -> None:
+    ours = jnp.finfo, np.finfo
+    started, ended = threading.Event(), threading.Event()
+    seen: list[Any] = []
+
+    def other() -> None:
+        seen.append(jnp.finfo(jnp.float64).bits)
+        with environment(64):
+            started.set()
+            ended.wait(9)
+            seen.append((jnp.finfo(np.float64).bits, np.finfo(np.float64).bits, np.finfo(np.float16).bits))
+
+    thread = threading.Thread(target=other)
+    with environment(64):
+        thread.start()
+        started.wait(9)
+        assert np.finfo(X.dtype).eps == jnp.finfo(X.dtype).eps == 2.0**-23
+    ended.set()
+    thread.join()
+    assert seen == [64, (32, 32, 16)]
+    assert (jnp.finfo, np.finfo) == ours
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 pytest.importorskip("flax")
 
+import jax
 import jax.numpy as jnp
 import torch
 
@@ -109,6 +110,18 @@ def test_a_port_that_cannot_run_is_asked_for_rules_and_told_why() -> None:
 
     with pytest.raises(MappingError, match=r"could be any of.*nor could a run decide.*TypeError: no such thing"):
         settled(Chain("a", "b"), broken, params("a", "b"))
+
+
+def test_a_port_without_gradients_or_with_other_outputs_is_told_so() -> None:
+    def looped(p: Any, x: Any) -> Any:
+        return jax.lax.while_loop(lambda c: c[0] < 1, lambda c: (c[0] + 1, chain(["a", "b"], False)(p, c[1])), (0, x))[
+            1
+        ]
+
+    with pytest.raises(MappingError, match=r"nor could a run decide: ValueError: Reverse-mode differentiation"):
+        settled(Chain("a", "b"), looped, params("a", "b"))
+    with pytest.raises(MappingError, match=r"nor could a run decide: the sides return arrays of other shapes"):
+        settled(Chain("a", "b"), lambda p, x: chain(["a", "b"], False)(p, x).T, params("a", "b"))
 
 
 def test_layers_that_cannot_be_told_apart_are_asked() -> None:

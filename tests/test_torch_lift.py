@@ -80,10 +80,32 @@ def test_a_lifted_program_is_the_program_without_its_dtypes(name, dtype):
 
 @given(st.lists(st.tuples(st.integers(-999999, 999999), st.integers(-30, 8)), min_size=1, max_size=9))
 def test_short_decimals_are_recovered(parts):
-    meant = np.array([float(f"{digits}e{power}") for digits, power in parts])
+    meant = np.array([0.7, 0.1, *(float(f"{digits}e{power}") for digits, power in parts)])
     found = recovered(meant.astype(np.float32))
     assert found is not None
     assert np.array_equal(found, meant) or (np.abs(meant) >= 2**24).any()
+
+
+def test_a_number_that_is_a_short_decimal_by_chance_is_not_taken_for_it():
+    numbers = np.arange(1.0, 1025.0)
+    for value in (*(1 / numbers), *np.sqrt(numbers), *(1 / np.sqrt(numbers))):
+        found = recovered(np.float32([value]))
+        assert found is None or abs(found[0] / value - 1) < 2.0**-50
+
+
+def test_autocast_is_noted_though_it_leaves_float64_alone():
+    lift = Lift()
+    with lifting(lift), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.ones(3, 3, dtype=torch.float64) @ torch.ones(3, 3, dtype=torch.float64)
+    assert lift.found.coarsest == 2.0**-8
+
+
+def test_an_operation_that_rounds_inside_runs_in_float32_and_is_said():
+    lift, x = Lift(), torch.from_numpy(normal(7)).double()
+    with lifting(lift):
+        made = torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127)
+    assert torch.equal(made, torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -128, 127).double())
+    assert lift.found.float64 == "float32 only"
 
 
 @given(st.integers(0, 2**31))

@@ -190,10 +190,10 @@ def prelu(module: Any, inside: Inside) -> Form:
     count = len(held["weight"])
 
     def call(m: Carrier, x: Any) -> Any:
-        if count > 1 and x.shape[-1] != count:
+        if count != 1 and x.shape[-1] != count:
             raise InputError(f"PReLU has {count} slopes, and the input {x.shape[-1]} channels")
         slopes = m["negative_slope"]
-        return pointwise.leaky_relu(x, slopes if count > 1 else slopes[0])
+        return pointwise.leaky_relu(x, slopes if count != 1 else slopes[0])
 
     return Form(
         "PReLU",

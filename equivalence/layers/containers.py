@@ -32,6 +32,7 @@ def sequential(module: Any, inside: Inside) -> Form:
     return Form(
         "Sequential",
         functools.partial(_chain, children=children),
+        text="layer after layer, each with its input as it needs it laid out",
         children=children,
         numbered=True,
         inputs=fixed[0].inputs[:1] if fixed else (),
@@ -50,7 +51,10 @@ def _chain(m: Carrier, x: Any, *, children: Mapping[str, Form]) -> Any:
         if child.anywhere:
             x = moved(layer(moved(x, now, None)), None, now) if child.draws and now else layer(x)
             continue
-        x = layer(moved(x, now, first(child.inputs)) if hasattr(x, "ndim") else x)
+        x = moved(x, now, first(child.inputs)) if hasattr(x, "ndim") else x
+        if child.refuse is not None:
+            child.refuse(x)
+        x = layer(x)
         now = first(child.outputs)
     return x
 

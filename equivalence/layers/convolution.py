@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from jax import lax
 
 from equivalence.errors import InputError
 from equivalence.layers.form import Carrier, Form, Own, spatial
-from equivalence.layers.padding import AXES, Pads, padded, written
+from equivalence.layers.padding import AXES, Pads, in_order, padded, written
 from equivalence.layers.registry import Example, layer, leaves
+from equivalence.layers.windows import numbers
 from equivalence.weights import Rule
 
 Inside = Callable[[Any], Form]
@@ -45,14 +47,8 @@ def convolve(
 
     Raises ValueError for an array of other axes or channels, and where the kernel does not fit into it.
     """
-    axes, channels = len(strides), kernel.shape[-2] * groups
-    if x.ndim not in (axes + 1, axes + 2) or x.shape[-1] != channels:
-        raise ValueError(f"a convolution over {axes} axes of {channels} channels was given an array of shape {x.shape}")
-    spread = input_dilation or (1,) * axes
-    sizes = x.shape[-1 - axes : -1]
-    for size, step, pair, k, d in zip(sizes, spread, padding, kernel.shape[:axes], dilation, strict=True):
-        if (size - 1) * step + sum(pair) < d * (k - 1):
-            raise ValueError(f"a kernel of shape {kernel.shape[:axes]} does not fit into an array of shape {x.shape}")
+    axes, spread = len(strides), input_dilation or (1,) * len(strides)
+    _fit(x, kernel.shape, padding, dilation, groups, spread)
     names = AXES[axes].upper().replace(" ", "")
     batched = x if x.ndim == axes + 2 else x[None]
     y = lax.conv_general_dilated(
@@ -67,6 +63,17 @@ def convolve(
     )
     y = y if bias is None else y + bias
     return y if x.ndim == axes + 2 else y[0]
+
+
+def _fit(x: Any, kernel: Sizes, padding: Pads, dilation: Sizes, groups: int, spread: Sizes) -> None:
+    """Raise ValueError for an array that a convolution with a kernel of this shape does not take."""
+    *sizes, inputs, _ = kernel
+    axes, channels = len(sizes), inputs * groups
+    if x.ndim not in (axes + 1, axes + 2) or x.shape[-1] != channels:
+        raise ValueError(f"a convolution over {axes} axes of {channels} channels was given an array of shape {x.shape}")
+    for size, step, pair, k, d in zip(x.shape[-1 - axes : -1], spread, padding, sizes, dilation, strict=True):
+        if (size - 1) * step + sum(pair) < d * (k - 1):
+            raise ValueError(f"a kernel of shape {tuple(sizes)} does not fit into an array of shape {x.shape}")
 
 
 def convolve_transposed(
@@ -127,47 +134,53 @@ _SAME = "padding=1 is ((1, 1), ...); Flax's default 'SAME' is (0, 1) at kernel 3
 @layer("Conv3d", Example("nn.Conv3d(3, 4, 3, stride=2, padding=1)", ((2, 3, 8, 6, 4),)), _SAME)
 def convolution(module: Any, inside: Inside) -> Form:
     """nn.Conv1d, Conv2d and Conv3d: Flax's own, but for the padding modes."""
-    _refuse(module)
-    pads, mode = _pads(module), module.padding_mode
+    outputs, inputs, *sizes = module.weight.shape
+    stride, dilation = _whole(module, sizes)
+    pads, mode = _pads(module, sizes, dilation), module.padding_mode
     zeros = mode == "zeros"
     if zeros and min(min(pair) for pair in pads) < 0:
         raise InputError(f"{module} has a negative padding, which torch cannot run with zeros: crop the input instead")
     options = {
-        "strides": module.stride,
+        "strides": stride,
         "padding": pads if zeros else ((0, 0),) * len(pads),
-        "dilation": module.dilation,
+        "dilation": dilation,
         "groups": module.groups,
     }
 
     def call(m: Carrier, x: Any) -> Any:
         return convolve(x if zeros else padded(x, pads, mode), m["kernel"], m["bias"], **options)
 
+    def refuse(x: Any) -> None:
+        _fit(x, (*sizes, inputs, outputs), pads, dilation, module.groups, (1,) * len(sizes))
+
     axes = AXES[len(pads)]
     text = f"convolve({'x' if zeros else written(pads, mode)}, kernel, bias, {_listed(options)})"
-    return _form(module, call, text, Rule("weight", "kernel", f"o i {axes} -> {axes} i o"), _own(module, options))
+    form = _form(module, call, text, Rule("weight", "kernel", f"o i {axes} -> {axes} i o"))
+    return dataclasses.replace(form, own=_own(module, options), refuse=refuse) if zeros else form
 
 
 def _own(module: Any, options: Mapping[str, Any]) -> dict[str, Own]:
     """Flax's own, which has no padding mode that is torch's."""
-    if module.padding_mode != "zeros":
-        return {}
+    outputs, inputs, *kernel = module.weight.shape
     theirs = {"strides": options["strides"], "padding": options["padding"], "use_bias": module.bias is not None}
-    if set(module.dilation) != {1}:
-        theirs["kernel_dilation"] = module.dilation
+    if set(options["dilation"]) != {1}:
+        theirs["kernel_dilation"] = options["dilation"]
     if module.groups != 1:
         theirs["feature_group_count"] = module.groups
-    sizes = (module.out_channels, module.kernel_size)
-    return {"nnx": Own("Conv", module.in_channels, *sizes, **theirs), "linen": Own("Conv", *sizes, **theirs)}
+    sizes = (outputs, tuple(kernel))
+    return {"nnx": Own("Conv", inputs * module.groups, *sizes, **theirs), "linen": Own("Conv", *sizes, **theirs)}
 
 
-def _pads(module: Any) -> tuple[tuple[int, int], ...]:
+def _pads(module: Any, sizes: Sequence[int], dilation: Sizes) -> tuple[tuple[int, int], ...]:
     """Pairs of a convolution's padding; "same" puts the odd one after."""
+    if module.padding_mode != "zeros":  # torch pads by what its constructor made of `padding`
+        return in_order(module._reversed_padding_repeated_twice)
     if module.padding == "valid":
-        return ((0, 0),) * len(module.kernel_size)
+        return ((0, 0),) * len(sizes)
     if module.padding == "same":
-        total = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+        total = [d * (k - 1) for k, d in zip(sizes, dilation, strict=True)]
         return tuple((t // 2, t - t // 2) for t in total)
-    return tuple((p, p) for p in module.padding)
+    return tuple((p, p) for p in numbers(module.padding, len(sizes)))
 
 
 _CROPS = "padding p is (d (k - 1) - p, that + output_padding) in Flax, which has neither groups nor output_size"
@@ -178,15 +191,17 @@ _CROPS = "padding p is (d (k - 1) - p, that + output_padding) in Flax, which has
 @layer("ConvTranspose3d", Example("nn.ConvTranspose3d(3, 4, 3, 2, 1, output_padding=1)", ((2, 3, 5, 7, 4),)), _CROPS)
 def transposed(module: Any, inside: Inside) -> Form:
     """nn.ConvTranspose1d, 2d and 3d, with `output_size` in the call, which Flax's own do not have."""
-    _refuse(module)
-    if min(*module.padding, *module.output_padding) < 0:
+    sizes = module.weight.shape[2:]
+    stride, dilation = _whole(module, sizes)
+    padding, output_padding = (numbers(value, len(sizes)) for value in (module.padding, module.output_padding))
+    if min(*padding, *output_padding) < 0:
         raise InputError(f"{module} has a negative padding, which torch cannot run: pad the input instead")
 
     options = {
-        "strides": module.stride,
-        "padding": module.padding,
-        "output_padding": module.output_padding,
-        "dilation": module.dilation,
+        "strides": stride,
+        "padding": padding,
+        "output_padding": output_padding,
+        "dilation": dilation,
         "groups": module.groups,
     }
 
@@ -194,9 +209,9 @@ def transposed(module: Any, inside: Inside) -> Form:
         asked = {} if output_size is None else {"output_padding": _missing(x, m["kernel"], output_size, options)}
         return convolve_transposed(x, m["kernel"], m["bias"], **{**options, **asked})
 
-    axes = AXES[len(module.stride)]
+    axes = AXES[len(sizes)]
     rule = Rule("weight", "kernel", f"i o {axes} -> {axes} o i")
-    return _form(module, call, f"convolve_transposed(x, kernel, bias, {_listed(options)})", rule, {})
+    return _form(module, call, f"convolve_transposed(x, kernel, bias, {_listed(options)})", rule)
 
 
 def _missing(x: Any, kernel: Any, output_size: Sequence[int], options: Mapping[str, Any]) -> Sizes:
@@ -214,17 +229,19 @@ def _missing(x: Any, kernel: Any, output_size: Sequence[int], options: Mapping[s
     return tuple(missing)
 
 
-def _refuse(module: Any) -> None:
-    """What torch's constructor takes and no call can run."""
-    if min(*module.kernel_size, *module.stride, *module.dilation) < 1:
+def _whole(module: Any, sizes: Sequence[int]) -> tuple[Sizes, Sizes]:
+    """Stride and dilation, one number an axis. Raises InputError for what torch can construct and not call."""
+    stride, dilation = (numbers(value, len(sizes)) for value in (module.stride, module.dilation))
+    if min(*sizes, *stride, *dilation) < 1:
         raise InputError(f"{module} cannot run in torch: kernel sizes, strides and dilations are at least 1")
+    return stride, dilation
 
 
-def _form(module: Any, call: Callable[..., Any], text: str | None, rule: Rule, own: dict[str, Own]) -> Form:
+def _form(module: Any, call: Callable[..., Any], text: str, rule: Rule) -> Form:
     held, _ = leaves(module)
-    lies = (spatial(AXES[len(module.stride)]),)
+    lies = (spatial(AXES[module.weight.ndim - 2]),)
     rules = tuple(r for r in (rule, Rule("bias", "bias")) if r.source in held)
-    return Form(type(module).__name__, call, text=text, rules=rules, held=held, inputs=lies, outputs=lies, own=own)
+    return Form(type(module).__name__, call, text=text, rules=rules, held=held, inputs=lies, outputs=lies)
 
 
 def _listed(options: Mapping[str, Any]) -> str:

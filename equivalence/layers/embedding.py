@@ -107,8 +107,9 @@ def bagged(rows: Any, kept: Any, bags: Any, count: int, mode: str) -> Any:
 def embedding(module: Any, inside: Inside) -> Form:
     """nn.Embedding."""
     held, _ = leaves(module)
-    padding = module.padding_idx
-    own = Own("Embed", module.num_embeddings, module.embedding_dim)
+    count, features = held["weight"].shape
+    padding = _padding(module, count)
+    own = Own("Embed", count, features)
     plain = padding is None and module.max_norm is None and not module.scale_grad_by_freq
 
     def call(m: Carrier, indices: Any) -> Any:
@@ -122,7 +123,7 @@ def embedding(module: Any, inside: Inside) -> Form:
         text="embedding[indices]" if plain else f"looked_up(embedding, indices, {padding})",
         rules=(Rule("weight", "embedding"),),
         held=held,
-        own={"linen": own} if plain and module.num_embeddings > 1 else {},  # of one row Flax takes no bare number
+        own={"linen": own} if plain and count > 1 else {},  # of one row Flax takes no bare number
     )
 
 
@@ -135,7 +136,7 @@ def embedding(module: Any, inside: Inside) -> Form:
 def embedding_bag(module: Any, inside: Inside) -> Form:
     """nn.EmbeddingBag."""
     held, _ = leaves(module)
-    mode, padding = module.mode, module.padding_idx
+    mode, padding = module.mode, _padding(module, len(held["weight"]))
     if mode == "max" and (module.scale_grad_by_freq or module.sparse):
         raise InputError('nn.EmbeddingBag(mode="max") has no scale_grad_by_freq and no sparse gradient, in torch too')
 
@@ -150,6 +151,14 @@ def embedding_bag(module: Any, inside: Inside) -> Form:
 
     text = f'bagged(embedding[indices], kept, bags, count, "{mode}")'
     return Form("EmbeddingBag", call, text=text, rules=(Rule("weight", "embedding"),), held=held)
+
+
+def _padding(module: Any, count: int) -> int | None:
+    """The padding row of `count`, which may be counted from the end. Raises InputError for none of them."""
+    row = module.padding_idx
+    if row is not None and not -count <= row < count:
+        raise InputError(f"{type(module).__name__}'s padding_idx {row} is none of its {count} rows")
+    return row if row is None else row % count
 
 
 def _bags(module: Any, indices: Any, offsets: Any) -> tuple[Any, Any, int, Any]:

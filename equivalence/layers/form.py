@@ -118,6 +118,8 @@ class Form:
         anywhere: whether the layer is the same function in every layout (it works element by element).
         draws: whether it draws random numbers in train mode; they are drawn in torch's layout.
         own: Flax's own layer that is exactly this one, by framework.
+        refuse: `refuse(x)` raises for an array, in our layout, that torch refuses and Flax's own layer takes.
+        train: the mode that the torch layer was in.
     """
 
     name: str
@@ -133,6 +135,8 @@ class Form:
     anywhere: bool = False
     draws: bool = False
     own: Mapping[str, Own] = field(default_factory=dict)
+    refuse: Callable[[Any], None] | None = None
+    train: bool = False
 
     def __repr__(self) -> str:
         """Without the weights, which a printed module would show a page of."""
@@ -155,7 +159,7 @@ class Form:
         """The path of a child."""
         if not self.numbered:
             return name
-        return f"layers.{name}" if framework == "nnx" else f"layers_{name}"
+        return f"layers.{list(self.children).index(name)}" if framework == "nnx" else f"layers_{name}"
 
     def mapping(self, framework: str) -> list[Rule]:
         """The rules of the layer and of all inside it; a layer that stands in two places moves once."""

@@ -18,7 +18,7 @@ Inside = Callable[[Any], Form]
 def linear(module: Any, inside: Inside) -> Form:
     """nn.Linear as Flax's own."""
     held, _ = leaves(module)
-    sizes, bias = (module.in_features, module.out_features), module.bias is not None
+    sizes, bias = held["weight"].shape[::-1], module.bias is not None
     rules = [Rule("weight", "kernel", "o k -> k o"), Rule("bias", "bias")]
     return Form(
         "Linear",

@@ -17,12 +17,15 @@ BUFFERS = "batch_stats"
 
 
 class Layer(nn.Module):
-    """A layer by its form. Its weights are those of the variables that `translate` hands over with it."""
+    """A layer by its form. Its weights are those of the variables that `translate` hands over with it.
+
+    `train=None` runs each layer inside in the mode that torch's was in.
+    """
 
     form: Form
 
     @nn.compact
-    def __call__(self, *inputs: Any, train: bool = False, **kwargs: Any) -> Any:
+    def __call__(self, *inputs: Any, train: bool | None = False, **kwargs: Any) -> Any:
         """The layer's outputs, in our layout. Raises NotImplementedError for a list of layers, as torch does."""
         if self.form.call is None:
             raise NotImplementedError(f"{self.form.name} holds layers and is not called")
@@ -34,11 +37,15 @@ class _View:
     """A Layer as its function sees it in one call: see `form.Carrier`."""
 
     module: Layer
-    train: bool
+    asked: bool | None
     kept: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.params, self.buffers = self.module.form.arrays()
+
+    @property
+    def train(self) -> bool:
+        return self.module.form.train if self.asked is None else self.asked
 
     def __getitem__(self, name: str) -> Any:
         if name in self.params:
@@ -71,7 +78,7 @@ class _View:
             self.kept[first] = build(child, form.path(first, "linen"), self.module)
         inside = self.kept[first]
         if isinstance(inside, Layer):
-            return lambda *inputs, **kwargs: inside(*inputs, train=self.train, **kwargs)
+            return lambda *inputs, **kwargs: inside(*inputs, train=self.asked, **kwargs)
         return inside
 
 

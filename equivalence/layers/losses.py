@@ -48,6 +48,17 @@ EXAMPLES = {
 """torch class -> the module of its example, and which arrays of its example in `losses.LOSSES` it is called with."""
 
 
+DIFFERS = {
+    "CrossEntropyLoss": "optax.softmax_cross_entropy's mean counts ignored labels and knows no class weights, by whose"
+    " sum torch divides",
+    "CosineEmbeddingLoss": "below the margin nothing is lost; at zero vectors optax.cosine_similarity's slope is nan",
+    "HuberLoss": "nothing: the mean of optax.huber_loss is it",
+    "LinearCrossEntropyLoss": "nothing but that optax.softmax_cross_entropy_with_integer_labels has no ignored labels,"
+    " class weights or smoothing",
+}
+"""What differs, of losses whose words in `losses.LOSSES` need the form that stands beside them there."""
+
+
 class ASMOutput(NamedTuple):
     """What AdaptiveLogSoftmaxWithLoss returns: the log-probability of each target (b,), and minus their mean."""
 
@@ -160,8 +171,7 @@ def _inputs(arrays: Callable[[np.random.Generator], dict[str, np.ndarray]], name
 
 for _entry in LOSSES:
     _made, _names = EXAMPLES[_entry.torch]
-    layer(_entry.torch, Example(_made, _inputs(_entry.example, _names)), _entry.differs)(
-        SPECIAL.get(_entry.torch, _plain)
-    )
+    _differs = DIFFERS.get(_entry.torch, _entry.differs)
+    layer(_entry.torch, Example(_made, _inputs(_entry.example, _names)), _differs)(SPECIAL.get(_entry.torch, _plain))
     if _entry.torch == "NLLLoss":
-        layer("NLLLoss2d", Example("nn.NLLLoss2d()", _inputs(_entry.example, _names)), _entry.differs)(_plain)
+        layer("NLLLoss2d", Example("nn.NLLLoss2d()", _inputs(_entry.example, _names)), _differs)(_plain)

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from equivalence.errors import InputError
 from equivalence.layers.form import Form
 
 
@@ -17,10 +18,13 @@ class Layer(nnx.Module):
 
     def __init__(self, form: Form, made: dict[int, nnx.Module], rngs: nnx.Rngs) -> None:
         self.form = form
-        self.deterministic = True
+        self.deterministic = not form.train
         if form.draws:
             self.rngs = rngs.dropout.fork()
         params, buffers = form.arrays()
+        for name in (*params, *buffers, *(() if form.numbered else form.children)):
+            if hasattr(self, name):
+                raise InputError(f"{form.name} holds {name!r}, a name that an nnx.Module has for itself: rename it")
         for name, value in params.items():
             setattr(self, name, nnx.Param(jnp.asarray(value)))
         for name, value in buffers.items():
@@ -69,7 +73,7 @@ class _View:
 
 
 def build(form: Form, rngs: nnx.Rngs) -> nnx.Module:
-    """The NNX module of a form, with its weights, in eval mode."""
+    """The NNX module of a form, with its weights, each layer in the mode that torch's was in."""
     return _made(form, {}, rngs)
 
 

@@ -19,6 +19,7 @@ from equivalence.layers.normalised import (
     statistics,
     unbiased,
     weighted,
+    weights_text,
 )
 from equivalence.layers.registry import Example, layer, leaves
 from equivalence.weights import Rule
@@ -50,6 +51,7 @@ def _batch_norm(name: str, options: str, shape: tuple[int, ...], ranks: Sequence
     def translate(module: Any, inside: Inside) -> Form:
         held, buffers = leaves(module)
         eps, momentum, tracks = float(module.eps), module.momentum, bool(module.track_running_stats)
+        held_or_batch = "mean, var" if "running_mean" in held else "*statistics(x, range(x.ndim - 1))"
 
         def call(m: Carrier, x: Any) -> Any:
             _rank(x, ranks, name)
@@ -72,7 +74,7 @@ def _batch_norm(name: str, options: str, shape: tuple[int, ...], ranks: Sequence
         return Form(
             name,
             call,
-            text=f"normalised(x, mean, var, scale, bias, {eps!r})",
+            text=f"normalised(x, {held_or_batch}, {weights_text(held)}, {eps!r})",
             rules=tuple(rule for rule in RULES if rule.source in held),
             held=held,
             buffers=buffers,
@@ -120,6 +122,8 @@ def _instance_norm(name: str, options: str, shape: tuple[int, ...], axes: str, d
         if not tracks and "running_mean" in held:
             raise InputError(f"{name} with statistics that it no longer tracks moves them in eval mode: make a new one")
 
+        moments = "mean, var" if tracks else f"*statistics(x, {tuple(over)})"
+
         def call(m: Carrier, x: Any) -> Any:
             _rank(x, (dims + 1, dims + 2), name)
             _fit(m, x, name)
@@ -138,7 +142,7 @@ def _instance_norm(name: str, options: str, shape: tuple[int, ...], axes: str, d
         return Form(
             name,
             call,
-            text=f"normalised(x, *statistics(x, {tuple(over)}), scale, bias, {eps!r})",
+            text=f"normalised(x, {moments}, {weights_text(held)}, {eps!r})",
             rules=tuple(rule for rule in RULES if rule.source in held),
             held=held,
             buffers=buffers,
@@ -197,7 +201,7 @@ def group_norm(module: Any, inside: Inside) -> Form:
     return Form(
         "GroupNorm",
         call,
-        text=f"weighted(normalised(x in {groups} groups, mean, var, None, None, {eps!r}), scale, bias)",
+        text=f"weighted(normalised(x in {groups} groups, mean, var, None, None, {eps!r}), {weights_text(held)})",
         rules=tuple(rule for rule in RULES if rule.source in held),
         held=held,
         inputs=(LAST,),
@@ -255,7 +259,7 @@ def _over_last(module: Any, eps: float | None, moments: Callable[[Any, Sequence[
     return Form(
         name,
         call,
-        text=f"normalised(x, *{moments.__name__}(x, {axes}), scale, bias, {small})",
+        text=f"normalised(x, *{moments.__name__}(x, {axes}), {weights_text(held)}, {small})",
         rules=tuple(rule for rule in RULES if rule.source in held),
         held=held,
         own=own if "weight" in held and eps is not None else {},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,11 @@ def weighted(x: Any, scale: Any, bias: Any) -> Any:
     """`x * scale + bias`; a scale or bias of None is left out."""
     x = x if scale is None else x * scale
     return x if bias is None else x + bias
+
+
+def weights_text(held: Mapping[str, Any]) -> str:
+    """The scale and the bias as one writes them, None where torch's leaves hold none."""
+    return f"{'scale' if 'weight' in held else None}, {'bias' if 'bias' in held else None}"
 
 
 def statistics(x: Any, axes: Sequence[int]) -> tuple[Any, Any]:

@@ -83,11 +83,11 @@ def hardshrink(x: Any, lambd: float) -> Any:
 
 
 def softshrink(x: Any, lambd: float) -> Any:
-    """`x` moved towards 0 by `lambd`, and 0 within it; the slope at both edges is 0.
+    """`x` moved towards 0 by `lambd`, and 0 within it; the slope at both edges is 0. NaN stays NaN.
 
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Softshrink.html
     """
-    return jnp.where(x > lambd, x - lambd, jnp.where(x < -lambd, x + lambd, jnp.zeros_like(x)))
+    return jnp.where((x >= -lambd) & (x <= lambd), jnp.zeros_like(x), x - lambd * jnp.sign(x))
 
 
 def threshold(x: Any, limit: float, value: float) -> Any:

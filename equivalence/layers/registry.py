@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -95,14 +96,21 @@ def form_of(module: Any) -> Form:
 
     Raises InputError, naming the module's path and class, for a class without an entry, for a module whose call is
     not its class's own (hooks, parametrizations, a forward put on the object), for one that has no weights yet, and
-    for a parameter that two modules share.
+    for a parameter that two modules share; and for what is no module.
     """
+    import torch
+
+    if not isinstance(module, torch.nn.Module):
+        raise InputError(f"a torch.nn.Module is translated, not {module!r:.80}")
     known, made = entries(), dict[int, Form]()
     paths = {id(inner): path for path, inner in module.named_modules()}
 
     def inside(inner: Any) -> Form:
         if id(inner) not in made:
-            made[id(inner)] = _entry(inner, paths.get(id(inner), ""), known).translate(inner, inside)
+            form = _entry(inner, paths.get(id(inner), ""), known).translate(inner, inside)
+            empty = any(array.size == 0 for array in form.held.values())  # Flax's initialisers divide by its sizes
+            own = {} if empty else form.own
+            made[id(inner)] = dataclasses.replace(form, train=bool(inner.training), own=own)
         return made[id(inner)]
 
     form = inside(module)
@@ -127,6 +135,8 @@ def _entry(module: Any, path: str, known: Mapping[str, Entry]) -> Entry:
         raise InputError(f"{where} has no weights yet: call the torch module once, then translate it")
     if kind.__name__ not in known:
         raise InputError(f"{where} has no entry in the dictionary of layers, equivalence list layers")
+    if any(leaf.is_meta for leaf in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+        raise InputError(f"{where} has weights on the device 'meta', which hold no numbers: load them first")
     if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
         raise InputError(f"{where} has hooks or a forward of its own, whose effect cannot be read: remove them first")
     return known[kind.__name__]

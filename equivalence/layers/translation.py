@@ -16,6 +16,7 @@ from equivalence.frameworks.linen import linen
 from equivalence.frameworks.linen import subject as linen_subject
 from equivalence.frameworks.nnx import subject as nnx_subject
 from equivalence.frameworks.subject import Flat, Subject
+from equivalence.frameworks.torch import to_numpy
 from equivalence.layers.form import moved
 from equivalence.layers.linen import BUFFERS, Layer, variables
 from equivalence.layers.linen import build as build_linen
@@ -35,7 +36,7 @@ class Translation:
         inputs: the einops pattern, from torch's layout to the module's, of each argument in order; None: unchanged.
         outputs: the same of each array that is returned.
         mapping: the rules that carry the torch module's leaves to the module's.
-        train: the mode of `translation(...)`: that of the torch module when it was translated.
+        train: the mode that the torch module was in; `translation(...)` runs each layer inside in its own.
     """
 
     def __init__(self, module: Any, to: str, seed: int) -> None:
@@ -49,7 +50,6 @@ class Translation:
         self.module: Any
         if to == "nnx":
             self.module = build_nnx(form, nnx.Rngs(seed))
-            (self.module.train if self.train else self.module.eval)()
         else:
             self.module, self.variables = build_linen(form), variables(form)
 
@@ -68,12 +68,11 @@ class Translation:
         args, named = self._ours(inputs, kwargs)
         if self.variables is None:
             return self._theirs(self.module(*args, **named))
-        modes = {"train": self.train} if isinstance(self.module, Layer) else {}
+        modes = {"train": None} if isinstance(self.module, Layer) else {}
         self._calls += 1
         key = jax.random.fold_in(self._key, self._calls)
-        mutable = ["params", BUFFERS] if self.train else ["params"]  # an embedding's max_norm moves its rows
-        outputs, updated = self.module.apply(
-            self.variables, *args, **named, **modes, rngs={"dropout": key}, mutable=mutable
+        outputs, updated = self.module.apply(  # an embedding's max_norm moves its rows
+            self.variables, *args, **named, **modes, rngs={"dropout": key}, mutable=["params", BUFFERS]
         )
         self.variables = {**self.variables, **updated}
         return self._theirs(outputs)
@@ -119,6 +118,8 @@ class Translation:
                 break
             inputs.append(kwargs.pop(name))
         args = tuple(_moved(value, None, p) for value, p in _padded(inputs, self.inputs))
+        if self._form.refuse is not None and args:
+            self._form.refuse(args[0])
         return args, {name: _moved(value, None, patterns.get(name)) for name, value in kwargs.items()}
 
     def _theirs(self, outputs: Any) -> Any:
@@ -135,7 +136,7 @@ def _moved(value: Any, now: str | None, wanted: str | None) -> Any:
     """A tree's arrays in another layout; what is no array (None, a flag) stays."""
 
     def one(leaf: Any) -> Any:
-        array = jnp.asarray(leaf.detach().cpu().numpy()) if hasattr(leaf, "detach") else leaf
+        array = jnp.asarray(to_numpy(leaf)) if hasattr(leaf, "detach") else leaf
         return moved(array, now, wanted) if hasattr(array, "ndim") else array
 
     return jax.tree_util.tree_map(one, value)
@@ -145,7 +146,8 @@ def translate(module: Any, to: str = "nnx", *, seed: int = 0) -> Translation:
     """A torch module made of layers of torch.nn as a Flax module with its weights and buffers.
 
     Args:
-        module: a layer of torch.nn, or a container of them; its weights, buffers and mode are taken as they are.
+        module: a layer of torch.nn, or a container of them; its weights, buffers and modes are taken as they are, but
+            for bfloat16 and float16, which become float32.
         to: "nnx" or "linen".
         seed: of the random draws in train mode.
 

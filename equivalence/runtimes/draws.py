@@ -8,7 +8,6 @@ derivative rule it was written.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from jax.extend import core
 
 from equivalence.errors import UnsupportedDraw
 from equivalence.randomness import Draw
-from equivalence.runtimes.jax_constants import unwatched, watching
+from equivalence.runtimes.jax_constants import leniently
 
 SAMPLERS = {
     "_bernoulli": "bernoulli",
@@ -133,12 +132,7 @@ def _nested(eqn: Any, inputs: list[Any]) -> list[Draw]:
 def trace(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     """`(closed jaxpr, output tree)` of a function of pytrees; arguments may be abstract."""
     made = jax.make_jaxpr(function, return_shape=True)
-    # Loops and branches may insist on the dtype of a NumPy array, which a float64 run keeps in float64.
-    with contextlib.suppress(*((TypeError,) if watching() else ())):
-        closed, shape = made(*args)
-        return closed, jax.tree_util.tree_structure(shape)
-    with unwatched():
-        closed, shape = made(*args)
+    closed, shape = leniently(made, *args)
     return closed, jax.tree_util.tree_structure(shape)
 
 

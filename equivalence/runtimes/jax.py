@@ -24,10 +24,14 @@ from equivalence.randomness import Draw, assert_same_draws
 from equivalence.runtimes.draws import draws_of, with_draws
 from equivalence.runtimes.jax_constants import Memory, watched
 from equivalence.runtimes.jax_lift import Lifted, lifted
+from equivalence.runtimes.pinned import pinned
 from equivalence.weights import Bound
 
 if TYPE_CHECKING:
     from equivalence.runtimes.jax_steps import StepProgram
+
+LIBRARIES = frozenset(("numpy", "jax", "jaxlib", "ml_dtypes", "scipy", "equivalence"))
+"""Packages that ask NumPy for float64's limits on their own account."""
 
 DTYPES: dict[int, Any] = {32: jnp.float32, 64: jnp.float64}
 
@@ -40,26 +44,16 @@ def environment(bits: int, memory: Memory | None = None) -> Iterator[None]:
     """
     with jax.enable_x64(bits == 64), jax.default_matmul_precision("highest"):
         if bits == 64:
-            with _pinned(), watched(memory):
+            with pinned(jnp, _told), pinned(np, _told, LIBRARIES), watched(memory):
                 yield
         else:
             yield
 
 
-@contextlib.contextmanager
-def _pinned() -> Iterator[None]:
-    """Tell code that asks for float64's limits those of float32: it must stay the function that it is in float32."""
-    ours = jnp.finfo
-
-    def finfo(dtype: Any) -> Any:
-        kind = np.dtype(dtype) if not hasattr(dtype, "dtype") else np.dtype(dtype.dtype)
-        return ours(jnp.float32 if kind == np.float64 else dtype)
-
-    jnp.finfo = finfo  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        jnp.finfo = ours
+def _told(dtype: Any) -> Any:
+    """The dtype whose limits a float64 run tells."""
+    kind = dtype.dtype if isinstance(getattr(dtype, "dtype", None), np.dtype) else dtype
+    return dtype if kind is None or np.dtype(kind) != np.float64 else np.float32
 
 
 def keep_programs(folder: Path) -> None:
@@ -143,6 +137,11 @@ class JaxRunner:
     def surviving(self) -> tuple[str, ...]:
         """Each constant and operation that float64 runs left in low precision, in words."""
         return self.lifted.surviving
+
+    @property
+    def coarsest(self) -> float:
+        """The unit roundoff of the coarsest dtype that its code computes in, 0 where that is the run's own."""
+        return self.lifted.coarsest
 
     def load(self, weights: Flat, bits: int) -> tuple[Flat, Flat]:
         """Reference leaves as the port's params and buffers; leaves that only the port has keep their own values."""

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from equivalence.runtimes.closed_forms import closed_form
+
 LEFT_ALONE = frozenset(("jax", "jaxlib", "flax", "numpy", "optax", "equivalence", "scipy", "ml_dtypes", "torch"))
 """Packages whose own NumPy arrays stay as they are: theirs are not the user's tables."""
 
@@ -35,9 +37,6 @@ FOLDED = (np.float32, np.float16, jnp.bfloat16)
 
 KEPT = 64
 """Tables remembered at once, the last ones; numbers are all remembered."""
-
-ROOTS = 4096
-"""Integers n whose 1/n, sqrt(n) and 1/sqrt(n) are recognised: sizes of heads and layers."""
 
 _state, _lock = threading.local(), threading.Lock()
 _originals: dict[str, Callable[..., Any]] = {}
@@ -54,6 +53,7 @@ class Memory:
         self.serial = next(_serial)
         self.numbers: dict[Any, np.ndarray | None] = {}
         self.tables: dict[Any, np.ndarray | None] = {}
+        self.widened: set[float] = set()
 
     def note(self, rounded: np.ndarray, doubles: np.ndarray) -> None:
         """Remember what was rounded; where two doubles became one number, that neither is known."""
@@ -138,6 +138,15 @@ def unwatched() -> Iterator[None]:
         _state.depth = depth
 
 
+def leniently(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives; without the watch where it fails under it. Loops, branches and the user's own checks may
+    insist on the dtype of a NumPy array, which a float64 run keeps in float64, or on its type."""
+    with contextlib.suppress(*((Exception,) if watching() else ())):
+        return function(*args)
+    with unwatched():
+        return function(*args)
+
+
 def watching() -> bool:
     """Whether this thread is inside `watched`."""
     return bool(getattr(_state, "depth", 0))
@@ -162,7 +171,11 @@ def _watch(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _remember(made: np.ndarray, source: Any) -> None:
-    """Note the doubles that JAX rounds to an array, or may round next: it folds the cast of a number afterwards."""
+    """Note the doubles that JAX rounds to an array, or may round next: it folds the cast of a number afterwards; and
+    the float32 numbers that it may make doubles of."""
+    if made.ndim == 0 and getattr(source, "dtype", None) == np.float32:
+        _state.memory.widened.add(float(made))
+        return
     if made.ndim == 0 and made.dtype == np.float64:
         with np.errstate(over="ignore", under="ignore"):
             for dtype in FOLDED:
@@ -173,6 +186,14 @@ def _remember(made: np.ndarray, source: Any) -> None:
             _state.memory.note(made, doubles)
 
 
+def widened(value: Any) -> bool:
+    """Whether a number of the trace is a double that JAX made of a float32 one."""
+    memory: Memory | None = getattr(_state, "memory", None)
+    if memory is None or np.ndim(value) or getattr(value, "dtype", None) != np.float64:
+        return False
+    return float(value) in memory.widened
+
+
 def _key(rounded: np.ndarray) -> Any:
     return rounded.dtype.name, rounded.shape, rounded.tobytes()
 
@@ -181,30 +202,32 @@ def exact(rounded: np.ndarray) -> np.ndarray | None:
     """The doubles that a low-precision constant was rounded from, or None where that cannot be known.
 
     Known are: what JAX was seen to round; arrays whose every element is an exact binary number or a decimal of no more
-    digits than the dtype keeps (float32: 6); and single numbers that are 1/n, sqrt(n), 1/sqrt(n), or such times pi.
+    digits than the dtype keeps (float32: 6, and 5 where one number is all there is: one in twenty is a decimal of six
+    by chance); and single numbers that are 1/n, sqrt(n), 1/sqrt(n), or such times pi.
     """
     memory: Memory | None = getattr(_state, "memory", None)
     remembered = {} if memory is None else memory.tables if rounded.ndim else memory.numbers
     if _key(rounded) in remembered:
         return remembered[_key(rounded)]
     if rounded.dtype.kind == "c":
-        parts = [exact(np.ascontiguousarray(part)) for part in (rounded.real, rounded.imag)]
+        parts = [exact(np.array(part)) for part in (rounded.real, rounded.imag)]
         return None if parts[0] is None or parts[1] is None else parts[0] + 1j * parts[1]
     flat = rounded.reshape(-1)
-    decimals = None if _decimals(flat[:16]) is None else _decimals(flat)
-    if decimals is not None:
-        return decimals.reshape(rounded.shape)
+    decimals = None if flat.size > 16 and _decimals(flat[:16], False) is None else _decimals(flat, True)
     if rounded.size > 1 or rounded.dtype != np.float32:
-        return None
-    closed = _closed_forms().get(abs(float(flat[0])))
-    return None if closed is None else np.copysign(np.full(rounded.shape, closed), rounded)
+        return None if decimals is None else decimals.reshape(rounded.shape)
+    found = {None if decimals is None else float(decimals[0]), None if stays(flat)[0] else closed_form(float(flat[0]))}
+    found.discard(None)
+    return np.full(rounded.shape, found.pop()) if len(found) == 1 else None  # two say that neither is known
 
 
-def _decimals(rounded: np.ndarray) -> np.ndarray | None:
+def _decimals(rounded: np.ndarray, whole: bool) -> np.ndarray | None:
     """The decimals and exact numbers that an array's elements were written as; None where one is neither."""
     doubles, loose = rounded.astype(np.float64), ~stays(rounded)
     values, places = np.unique(doubles[loose], return_inverse=True)
     digits = ml_dtypes.finfo(rounded.dtype).precision
+    if whole and rounded.dtype == np.float32 and np.unique(np.abs(values)).size == 1:
+        digits -= 1
     decimals = np.array([float(f"{value:.{digits - 1}e}") for value in values.tolist()])
     if not np.array_equal(decimals.astype(rounded.dtype).astype(np.float64), values):
         return None
@@ -220,15 +243,3 @@ def stays(rounded: np.ndarray) -> np.ndarray:
     integers = (plain == np.round(plain)) & (np.abs(plain) < 2.0 ** (limits.nmant - 1))
     found: np.ndarray = ~np.isfinite(plain) | (bits == np.round(bits)) | integers | (np.abs(plain) == float(limits.max))
     return found
-
-
-@functools.cache
-def _closed_forms() -> dict[float, float]:
-    """Doubles that code commonly computes before it rounds them, by their float32 value."""
-    n = np.arange(1.0, ROOTS + 1)
-    few = n[:16]
-    pi = np.concatenate([np.pi * few, np.pi / few, np.sqrt(np.pi * few), np.sqrt(few / np.pi), few / np.pi])
-    doubles = np.concatenate(
-        [1 / n, np.sqrt(n), 1 / np.sqrt(n), pi, 1 / np.sqrt(np.pi * few), np.log(n[1:16]), 1 / np.log(n[1:16])]
-    )
-    return dict(zip(doubles.astype(np.float32).astype(np.float64).tolist(), doubles.tolist(), strict=True))

@@ -18,7 +18,7 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from equivalence.runtimes.draws import TRANSPARENT, all_inner, bind, inner, scan, trace, walk
-from equivalence.runtimes.jax_constants import exact, low, stays, wide
+from equivalence.runtimes.jax_constants import exact, leniently, low, stays, wide, widened
 
 LIFTABLE = frozenset(
     (
@@ -44,6 +44,8 @@ class Lifted:
     """What lifting met in the programs of one subject: low precision at all, and what of it could not be lifted."""
 
     low: bool = False
+    coarsest: float = 0.0
+    """The unit roundoff of the coarsest dtype that was computed in; 0 where none was low."""
     constants: dict[str, None] = field(default_factory=dict)
     operations: dict[str, None] = field(default_factory=dict)
 
@@ -79,7 +81,7 @@ def lifted(
         ]
         lifting = _Lifting(found, shake)
         if not any(isinstance(value, jax.core.Tracer) for value in flat) and not lifting.meets(closed, given):
-            return function(*args)  # as it stands: a run that is not compiled may ask whether it is traced
+            return leniently(function, *args)  # as it stands: a run that is not compiled may ask whether it is traced
         return jax.tree_util.tree_unflatten(tree, lifting.run(closed, given))
 
     return run
@@ -112,7 +114,7 @@ class _Lifting:
         """Whether an equation holds low precision, itself or in a program inside it, or may hide it in a rule."""
         if eqn.primitive.name in (*CUSTOM, "reduce_precision"):
             return True
-        return _is_low(eqn) or any(self._inside(one) for one in all_inner(eqn))
+        return _is_low(eqn) or _holds_widened(eqn) or any(self._inside(one) for one in all_inner(eqn))
 
     def _inside(self, closed: Any) -> bool:
         if closed.jaxpr not in self._low:
@@ -121,10 +123,11 @@ class _Lifting:
 
     def constant(self, value: Any, aval: Any) -> Any:
         """A constant of the trace in float64: the double it was rounded from, or itself, which is noted and shaken."""
-        if not low(aval.dtype) or isinstance(value, jax.core.Tracer):
-            return _up(value) if low(aval.dtype) else value
+        dtype = np.dtype(np.float32) if widened(value) else aval.dtype
+        if not low(dtype) or isinstance(value, jax.core.Tracer):
+            return _up(value) if low(dtype) else value
         self.found.low = True
-        rounded = np.asarray(value, aval.dtype)
+        rounded = np.asarray(value, dtype)
         doubles = exact(rounded)
         if doubles is not None:
             return doubles
@@ -152,10 +155,14 @@ class _Lifting:
             return self._custom(eqn, inputs)
         if name == "reduce_precision":
             self.found.low = True
+            self._computed(2.0 ** -(params["mantissa_bits"] + 1))
             return inputs
         if not self.touches(eqn):
             return None
         self.found.low |= _is_low(eqn)  # what is low inside is met when it is run
+        for aval in (atom.aval for atom in eqn.outvars):
+            if low(aval.dtype):
+                self._computed(float(jnp.finfo(aval.dtype).eps) / 2)
         if name == BITS or name not in LIFTABLE:
             return self._as_traced(eqn, inputs)
         if name in TRANSPARENT:
@@ -174,6 +181,9 @@ class _Lifting:
         if name == "convert_element_type" and low(params["new_dtype"]) and inputs[0].dtype == wide(params["new_dtype"]):
             return inputs
         return bind(eqn, inputs, **{key: self._param(value) for key, value in params.items()})
+
+    def _computed(self, roundoff: float) -> None:
+        self.found.coarsest = max(self.found.coarsest, roundoff)
 
     def _param(self, value: Any) -> Any:
         """A parameter of an equation with the dtypes and programs in it lifted."""
@@ -218,8 +228,8 @@ class _Lifting:
         """An equation that takes no float64, in the precision of the trace."""
         name = eqn.primitive.name
         if eqn.outvars and (name != BITS or low(eqn.invars[0].aval.dtype)):
-            dtypes = [atom.aval.dtype for atom in (*eqn.invars, *eqn.outvars)]
-            self.found.operations[f"{name} in {next(np.dtype(d).name for d in dtypes if low(d))}"] = None
+            names = [np.dtype(aval.dtype).name for aval in _avals((*eqn.invars, *eqn.outvars)) if low(aval.dtype)]
+            self.found.operations[f"{name} in {names[0] if names else 'low precision'}"] = None
         down = [
             jnp.asarray(value, atom.aval.dtype) if low(atom.aval.dtype) else value
             for value, atom in zip(inputs, eqn.invars, strict=True)
@@ -268,6 +278,10 @@ class _Lifting:
 def _is_low(eqn: Any) -> bool:
     """Whether an equation itself takes or gives low precision."""
     return any(low(atom.aval.dtype) for atom in (*eqn.invars, *eqn.outvars) if hasattr(atom.aval, "dtype"))
+
+
+def _holds_widened(eqn: Any) -> bool:
+    return any(isinstance(atom, core.Literal) and widened(atom.val) for atom in eqn.invars)
 
 
 def _avals(atoms: Sequence[Any]) -> list[Any]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from equivalence.runtimes.pinned import pinned
+
 DTYPES = {32: torch.float32, 64: torch.float64}
 """The default dtype of a run, by its bits."""
 
@@ -25,7 +27,8 @@ def environment(bits: int, threads: int | None = None) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_highest_precision())
         if bits == 64:
-            stack.enter_context(_pinned())
+            stack.enter_context(pinned(torch, _told))
+            stack.enter_context(_Pinned())
         try:
             if threads is not None:
                 torch.set_num_threads(threads)
@@ -81,16 +84,6 @@ def _eps(args: Any, kwargs: dict[str, Any]) -> Any:
     return args[3] if len(args) > 3 else kwargs.get("eps")
 
 
-@contextlib.contextmanager
-def _pinned() -> Iterator[None]:
-    ours = torch.finfo
-
-    def finfo(dtype: torch.dtype | None = None) -> torch.finfo:
-        return ours(torch.float32 if dtype in (None, torch.float64) else dtype)
-
-    torch.finfo = finfo  # type: ignore[assignment, misc]
-    try:
-        with _Pinned():
-            yield
-    finally:
-        torch.finfo = ours  # type: ignore[misc]
+def _told(dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype whose limits a float64 run tells."""
+    return torch.float32 if dtype is None or dtype == torch.float64 else dtype

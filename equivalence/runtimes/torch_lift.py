@@ -31,6 +31,17 @@ WIDE: dict[torch.dtype, torch.dtype] = {
 }
 """The dtype that each low one is lifted to."""
 NARROW = {torch.float64: torch.float32, torch.complex128: torch.complex64}
+FLOAT32_INSIDE = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        "fake_quantize_per_tensor_affine_cachemask",
+        "fake_quantize_per_channel_affine_cachemask",
+        "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+        "_fake_quantize_learnable_per_tensor_affine",
+        "_fake_quantize_learnable_per_channel_affine",
+    )
+)
+"""Operations that take float64 and round it, or their scales, to float32 inside."""
 _view_dtype = torch.ops.aten.view.dtype
 
 
@@ -98,6 +109,8 @@ class Lift(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The operation; in float32 where there is none in float64 (quantised and custom ones)."""
+        if func.overloadpacket in FLOAT32_INSIDE:
+            return self._narrowed(func, args, kwargs)
         try:
             return func(*args, **kwargs)
         except EquivalenceError:
@@ -105,14 +118,14 @@ class Lift(TorchDispatchMode):
         except RuntimeError:
             if func._schema.is_mutable:
                 raise
-            try:
-                result = func(*_mapped(list(args), _narrow), **{k: _mapped(v, _narrow) for k, v in kwargs.items()})
-            except RuntimeError:
-                result = None
-            if result is None:
-                raise
-            self.found.operations.add(str(func))
-            return result
+            with contextlib.suppress(RuntimeError):
+                return self._narrowed(func, args, kwargs)
+            raise
+
+    def _narrowed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        result = func(*_mapped(list(args), _narrow), **{k: _mapped(v, _narrow) for k, v in kwargs.items()})
+        self.found.operations.add(str(func))
+        return result
 
     def _wide_result(self, func: Any, result: Any) -> Any:
         """The result in float64: an operation that answers in less was not lifted."""
@@ -223,7 +236,7 @@ class Lift(TorchDispatchMode):
 
 class _Literals(TorchFunctionMode):
     """`torch.tensor(0.1, dtype=torch.float32)` rounds before any operation runs: Python numbers are taken as they
-    are."""
+    are. And the dtype of autocast is noted."""
 
     MAKERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
 
@@ -233,6 +246,9 @@ class _Literals(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):  # which leaves float64 as it is
+                self.found.dtypes.add(torch.get_autocast_dtype(device))
         dtype = kwargs.get("dtype")
         if func in self.MAKERS and dtype in WIDE and args and _plain(args[-1]):
             self.found.dtypes.add(dtype)

@@ -96,7 +96,10 @@ class TorchStepper:
             if seed is not None:
                 self._modes.enter_context(TapeMode(tape))
             self._modes.enter_context(lifting(self.lift))
-            loss = self._advance(inputs, targets)
+            try:
+                loss = self._advance(inputs, targets)
+            except RuntimeError as error:  # an optimizer may refuse what it is given, sparse gradients for one
+                raise InputError(f"the reference's step fails: {str(error).splitlines()[0]}") from error
         if self.lift is not None:
             self.runner.lifting.learn("steps", self.lift.found)
             if not self.runner.lifting.wanted("steps"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from equivalence.paths import natural
 from equivalence.weights.layouts import Layout, Shape, fused, layouts
 from equivalence.weights.mapping import Leaves
-from equivalence.weights.naming import FAMILIES, NUMBER, STATISTICS, concepts, read
+from equivalence.weights.naming import FAMILIES, PLACES, STATISTICS, concepts, read
 from equivalence.weights.rules import Rule
 
 STACK = "n"
@@ -67,12 +67,13 @@ def modules(leaves: Leaves, kinds: MappingOf[str, str], skipped: Iterable[str] =
     """The modules of one side, in the order of their first leaf. Statistics are modules of their own (Linen keeps them
     in another collection), and so are leaves whose own name says more than a role (`in_proj_weight`, `cls_token`)."""
     gone = set(skipped)
+    crowded = _crowded([*leaves.shapes, *leaves.aliases])
     found: dict[tuple[object, ...], dict[str, Leaf]] = {}
     for path in [*leaves.shapes, *leaves.aliases]:
         if path in gone:
             continue
-        name = read(path)
         parent = path.rpartition(".")[0]
+        name = read(path, parent.rpartition(".")[0] not in crowded)
         key: tuple[object, ...] = (parent, name.words, name.numbers, name.role in STATISTICS, path in leaves.aliases)
         while name.role in found.get(key, {}):
             key = (key, "and")  # a second leaf of one role: `kernel` beside `weight`
@@ -80,9 +81,20 @@ def modules(leaves: Leaves, kinds: MappingOf[str, str], skipped: Iterable[str] =
     made = []
     for held in found.values():
         first = next(iter(held.values())).template
-        name = read(first)
+        name = read(first, first.rpartition(".")[0].rpartition(".")[0] not in crowded)
         made.append(Module(name.words, name.numbers, held, kinds.get(first, ""), first in leaves.aliases))
     return made
+
+
+def _crowded(paths: Iterable[str]) -> set[str]:
+    """Blocks of more than two norms, of which no name (`ffn_norm`) implies which it is."""
+    norms: dict[str, set[str]] = {}
+    for path in paths:
+        owner = path.rpartition(".")[0]
+        words = [word for word in read(path).words if word not in PLACES]
+        if words and "norm" in concepts(words[-1]):
+            norms.setdefault(owner.rpartition(".")[0], set()).add(owner)
+    return {block for block, held in norms.items() if len(held) > 2}
 
 
 def stacked(found: Iterable[Module]) -> list[Module]:
@@ -98,7 +110,7 @@ def stacked(found: Iterable[Module]) -> list[Module]:
             members.sort(key=lambda module: module.numbers[place])
             joined = _joined(members, STACK, tuple(str(module.numbers[place]) for module in members))
             if joined is not None:
-                at = [i for i, word in enumerate(joined.words) if word == NUMBER][place]
+                at = [i for i, word in enumerate(joined.words) if word in PLACES][place]
                 rest = joined.numbers[:place] + joined.numbers[place + 1 :]
                 made.append(dataclasses.replace(joined, words=joined.words[:at] + joined.words[at + 1 :], numbers=rest))
     return made

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Collection, Sequence
 from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass
 
-import numpy as np
-
 from equivalence.errors import MappingError, nearest
 from equivalence.paths import natural
-from equivalence.weights.candidates import Module, fusible, modules, ordered, partners, rules, stacked
+from equivalence.weights.candidates import STACK, Module, fusible, modules, ordered, partners, rules, stacked
 from equivalence.weights.flattening import flattened
 from equivalence.weights.general import general
 from equivalence.weights.layouts import COUNTERS, family
 from equivalence.weights.mapping import Leaves, Mapping
-from equivalence.weights.matching import CLEAR, LIKE, Matcher, Pair, fit
+from equivalence.weights.matching import ALTERNATIVES, Matcher, Pair, assignments, fit, without
 from equivalence.weights.rules import Rule
 
-ALTERNATIVES = 24
-"""How many alternatives a choice may have: four siblings, any of which could be any."""
 OWN_LAYOUT = ("equinox",)
-"""Frameworks that keep torch's own layouts."""
+"""Frameworks that keep torch's own layouts, the first that fits; of a transposed convolution their own, the last."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ def infer(
     Args:
         source, target: leaves of the reference and of the port.
         layers: torch layer type of the module that owns each source leaf, by leaf path (`{"fc.weight": "Linear"}`).
-        buffers: the source's leaves that are no parameters; a port need not keep them.
+        buffers: the source's buffers and other constants (`layouts.constants`); a port need not keep them.
         framework: the port's.
 
     Raises MappingError that says which rules to write, with both choices where there are two.
@@ -117,14 +112,14 @@ def propose(
     for grown in (fusible, stacked, _grown):
         found = _joined(matcher, left, right, grown)
         pairs += found
-        left, right = _without(left, right, found)
+        left, right = without(left, right, found)
     for first, second in ((left, [m for m in theirs if m.optional]), ([m for m in ours if m.optional], right)):
         found = matcher.match(first, second).pairs
         pairs += found
-        left, right = _without(left, right, found)
-    assigned = _assignments(matcher, left, right)
+        left, right = without(left, right, found)
+    assigned = assignments(matcher, left, right)
     for alternatives in assigned:
-        left, right = _without(left, right, alternatives[0])
+        left, right = without(left, right, alternatives[0])
     spare = {path for m in left for path in m.paths if path in buffers or path.rpartition(".")[2] in COUNTERS}
     settled, choices = _layouts(pairs, assigned, framework, [m for m in ours if not m.optional])
     settled += [Rule(path, None) for path in spare]
@@ -158,51 +153,10 @@ def _joined(
     taken: set[str] = set()
     found = []
     for a, b in matcher.match(ours, theirs).pairs:
-        if not (a.paths | b.paths) & taken:
+        stacks = all(any(hole == STACK for leaf in m.leaves.values() for hole, _ in leaf.holes) for m in (a, b))
+        if not stacks and not (a.paths | b.paths) & taken:
             found.append((a, b))
             taken |= a.paths | b.paths
-    return found
-
-
-def _without(left: list[Module], right: list[Module], pairs: Sequence[Pair]) -> tuple[list[Module], list[Module]]:
-    ours, theirs = ({path for pair in pairs for path in pair[side].paths} for side in (0, 1))
-    return [m for m in left if not m.paths & ours], [m for m in right if not m.paths & theirs]
-
-
-def _assignments(matcher: Matcher, left: list[Module], right: list[Module]) -> list[list[list[Pair]]]:
-    """Modules that names do not tell apart: for every group that fits only among itself, each way to pair it up."""
-    scores = matcher.scores(left, right, strict=False)
-    if not scores.size:
-        return []
-    best = scores.max(axis=1, keepdims=True)
-    close = (scores > 0) & ((scores >= best - CLEAR) | (best < LIKE))
-    found = []
-    for rows, columns in _components(close):
-        if len(rows) != len(columns) or math.factorial(len(rows)) > ALTERNATIVES:
-            continue
-        ways = [
-            [(left[i], right[j]) for i, j in zip(rows, order, strict=True)]
-            for order in itertools.permutations(columns)
-            if all(close[i, j] for i, j in zip(rows, order, strict=True))
-        ]
-        if ways:
-            found.append(ways)
-    return found
-
-
-def _components(close: np.ndarray) -> list[tuple[list[int], list[int]]]:
-    """Rows and columns of a table that are joined by its true cells."""
-    found, rest = [], set(range(len(close)))
-    while rest:
-        rows, columns = {rest.pop()}, set[int]()
-        while True:
-            wider = {j for i in rows for j in range(close.shape[1]) if close[i, j]}
-            more = {i for j in wider for i in range(len(close)) if close[i, j]} | rows
-            if more == rows and wider == columns:
-                break
-            rows, columns = more, wider
-        rest -= rows
-        found.append((sorted(rows), sorted(columns)))
     return found
 
 
@@ -259,7 +213,8 @@ def _options(pair: Pair, framework: str) -> list[tuple[object, list[tuple[str, R
         found = rules(a, b, role, other)
         leaf = b.leaves[other]
         key = family(a.kind), role, leaf.last if role == other else "value", len(a.leaves[role].shape)
-        made.append((key, found[:1] if framework in OWN_LAYOUT else found))
+        one = found[-1:] if a.kind.startswith("ConvTranspose") and role == "weight" else found[:1]
+        made.append((key, one if framework in OWN_LAYOUT else found))
     return made
 
 

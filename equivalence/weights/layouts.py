@@ -8,8 +8,11 @@ Source: the parameter shapes in the reference pages of torch.nn, flax.linen, fla
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+
+import numpy as np
 
 from equivalence.errors import MappingError
 from equivalence.weights.mapping import solve
@@ -27,7 +30,16 @@ PROJECTING = frozenset(
 )
 """Layer types whose own matrices are (outputs, inputs), as a linear layer's are."""
 
+LINEAR = ("Linear", "LazyLinear", "NonDynamicallyQuantizableLinear", *PROJECTING)
+"""Layer types that keep (outputs, inputs). What a user calls a `SomethingLinear` keeps what it likes."""
+
 Shape = tuple[int, ...]
+
+
+def constants(arrays: Mapping[str, np.ndarray]) -> set[str]:
+    """Of a reference's frozen parameters those that a port may compute instead of holding them. Zeros alone or ones
+    alone are none: a port that forgets them would agree as well."""
+    return {path for path, array in arrays.items() if array.size and not ((array == 0).all() or (array == 1).all())}
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ SPATIAL = {1: "w", 2: "h w", 3: "d h w"}
 
 def family(kind: str) -> str:
     """Layer types whose leaves have one layout, under one name."""
-    return "Linear" if kind.endswith("Linear") or kind in PROJECTING else kind
+    return "Linear" if kind in LINEAR else kind
 
 
 @cache
@@ -93,7 +105,9 @@ def _patterns(kind: str, role: str, leaf: str, words: tuple[str, ...], ours: int
         return _all("k o -> k o", "k o -> o k")
     if family(kind) == "Linear" and leaf == "kernel":
         return _all("o k -> k o")
-    return _all("o k -> o k", "o k -> k o") if leaf != "embedding" else _all("o k -> o k")
+    if leaf == "embedding":
+        return _all("o k -> o k")
+    return _all("o k -> k o", "o k -> o k") if leaf == "kernel" else _all("o k -> o k", "o k -> k o")
 
 
 def _all(*axes: str) -> tuple[Layout, ...]:
@@ -107,11 +121,14 @@ def _convolution(leaf: str, rank: int) -> tuple[Layout, ...]:
 
 
 def _transposed_convolution(leaf: str, rank: int) -> tuple[Layout, ...]:
-    """Flax applies the kernel as it is, torch its mirror image; with `transpose_kernel=True` both mean the same."""
+    """Flax applies the kernel as it is, torch its mirror image; with `transpose_kernel=True` both mean the same.
+    Equinox, last here, applies it as it is and keeps its groups with the outputs."""
     places = SPATIAL[rank]
     flipped = Layout(f"i o {places} -> {places} i o", flip(*range(rank)))
     last = flipped, Layout(f"i o {places} -> {places} o i")
-    return last if leaf == "kernel" else (Layout(f"i o {places} -> i o {places}"), *last)
+    turned = flip(*range(2, rank + 2))
+    equinox = Layout(f"(g i) o {places} -> (g o) i {places}", turned), Layout(f"i o {places} -> o i {places}", turned)
+    return last if leaf == "kernel" else (Layout(f"i o {places} -> i o {places}"), *last, *equinox)
 
 
 def _squeezed(ours: Shape, theirs: Shape) -> tuple[Layout, ...]:

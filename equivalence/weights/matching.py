@@ -6,6 +6,8 @@ that the layer type allows. Pairs are settled from the clearest down; what is as
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +20,8 @@ LIKE = 0.2
 """The least likeness that is a name's word for it."""
 CLEAR = 0.02
 """By how much the best must be ahead of the next."""
+ALTERNATIVES = 24
+"""How many alternatives a choice may have: four siblings, any of which could be any."""
 FITS = 1e-6
 """The likeness of modules that fit and have nothing of a name in common."""
 
@@ -84,8 +88,9 @@ class Matcher:
         return self._ids.setdefault((module.words, module.kind, leaves), len(self._ids))
 
     def _same_numbers(self, a: Module, b: Module, aligned: tuple[tuple[int, int], ...], strict: bool) -> bool:
-        """Whether the numbers that stand for each other do, by value, or by place in the order where values differ
-        throughout (`net.0`, `net.2` and `Dense_0`, `Dense_1`); numbers of one side alone must say nothing."""
+        """Whether the numbers that stand for each other do: by value where one side's are among the other's, by place
+        in the order where there are as many (`net.0`, `net.2` and `Dense_0`, `Dense_1`), else nothing tells (`w1`,
+        `w2`, `w3` and `wi_0`, `wi_1`). `strict` asks to be told, and that numbers of one side alone say nothing."""
         sets = tuple(numbers[_family(m)] for numbers, m in zip(self._numbers, (a, b), strict=True))
         for number, m in enumerate((a, b)):
             alone = set(range(len(m.numbers))) - {pair[number] for pair in aligned}
@@ -93,10 +98,13 @@ class Matcher:
                 return False
         for i, j in aligned:
             left, right = sets[0][i], sets[1][j]
-            by_place = left != right and len(left) == len(right)
-            here, there = (
-                (left.index(a.numbers[i]), right.index(b.numbers[j])) if by_place else (a.numbers[i], b.numbers[j])
-            )
+            here, there = a.numbers[i], b.numbers[j]
+            if not (set(left) <= set(right) or set(right) <= set(left)):
+                if len(left) != len(right):
+                    if strict:
+                        return False
+                    continue
+                here, there = left.index(here), right.index(there)
             if here != there:
                 return False
         return True
@@ -134,4 +142,54 @@ def _clear(table: np.ndarray) -> list[tuple[int, int]]:
         value = table[i, j]
         if value >= LIKE and value >= second_row[i] + CLEAR and value >= second_column[j] + CLEAR:
             found.append((i, int(j)))
+    return found
+
+
+def without(left: list[Module], right: list[Module], pairs: Sequence[Pair]) -> tuple[list[Module], list[Module]]:
+    """The modules of both sides that no pair has taken a leaf of."""
+    ours, theirs = ({path for pair in pairs for path in pair[side].paths} for side in (0, 1))
+    return [m for m in left if not m.paths & ours], [m for m in right if not m.paths & theirs]
+
+
+def assignments(matcher: Matcher, left: list[Module], right: list[Module]) -> list[list[list[Pair]]]:
+    """Modules that names do not tell apart: for every group that fits only among itself, each way to pair it up."""
+    found = []
+    for widely in (False, True):
+        scores = matcher.scores(left, right, strict=False)
+        if not scores.size:
+            break
+        best = scores.max(axis=1, keepdims=True)
+        close = (scores > 0) & ((scores >= best - CLEAR) | widely)
+        for rows, columns in _components(close):
+            ways = _ways(np.where(close, scores, 0.0), rows, columns)
+            if ways:
+                found.append([[(left[i], right[j]) for i, j in way] for way in ways])
+        taken = [pair for ways in found for pair in ways[0]]
+        left, right = without(left, right, taken)
+    return found
+
+
+def _ways(scores: np.ndarray, rows: list[int], columns: list[int]) -> list[list[tuple[int, int]]]:
+    """The ways to pair up rows and columns that names speak for as much as for any other: what they say of one pair,
+    however little, holds against a run that would have it otherwise (a query that acts as a key)."""
+    if len(rows) != len(columns) or math.factorial(len(rows)) > ALTERNATIVES:
+        return []
+    ways = [list(zip(rows, order, strict=True)) for order in itertools.permutations(columns)]
+    totals = [sum(scores[pair] for pair in way) if all(scores[pair] > 0 for pair in way) else 0.0 for way in ways]
+    return [way for way, total in zip(ways, totals, strict=True) if total > 0 and total >= max(totals) - CLEAR]
+
+
+def _components(close: np.ndarray) -> list[tuple[list[int], list[int]]]:
+    """Rows and columns of a table that are joined by its true cells."""
+    found, rest = [], set(range(len(close)))
+    while rest:
+        rows, columns = {rest.pop()}, set[int]()
+        while True:
+            wider = {j for i in rows for j in range(close.shape[1]) if close[i, j]}
+            more = {i for j in wider for i in range(len(close)) if close[i, j]} | rows
+            if more == rows and wider == columns:
+                break
+            rows, columns = more, wider
+        rest -= rows
+        found.append((sorted(rows), sorted(columns)))
     return found

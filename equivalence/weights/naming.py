@@ -15,6 +15,9 @@ from functools import cache
 
 NUMBER = "#"
 """Stands for a number among the words of a path."""
+ORDINAL = "nth"
+"""Stands for a number that a word implies (`ORDINALS`): it says something only after a word like its own."""
+PLACES = (NUMBER, ORDINAL)
 
 ROLES: dict[str, str] = {
     **dict.fromkeys(("weight", "kernel", "scale", "embedding", "gamma", "w", "table"), "weight"),
@@ -112,20 +115,20 @@ WEAK = frozenset(("linear", "lin", "dense", "fc", "proj", "to", "module", "param
 
 @dataclass(frozen=True)
 class Name:
-    """A module's path, read: its words with `#` for each number, the numbers, and the role of one of its leaves."""
+    """A module's path, read: its words with a sign for each number, the numbers, and the role of one of its leaves."""
 
     words: tuple[str, ...]
     numbers: tuple[int, ...]
     role: str
 
 
-def read(path: str) -> Name:
-    """The words, numbers and role of a leaf's path.
+def read(path: str, ordinal: bool = True) -> Name:
+    """The words, numbers and role of a leaf's path. Without `ordinal` a norm's name implies no number.
 
     >>> read("layers_0.self_attn.q_proj.weight")
     Name(words=('layers', '#', 'self_attn', 'q_proj'), numbers=(0,), role='weight')
     """
-    *parts, leaf = (_snake(part) for part in _PARAMETRIZED.sub(_original, path).split("."))
+    *parts, leaf = (_snake(part).rstrip("_") for part in _PARAMETRIZED.sub(_original, path).split("."))
     role = ROLES.get(leaf)
     if role is None:
         found = re.fullmatch(r"(weight|bias)_(.+)|(.+)_(weight|bias)", leaf)
@@ -136,12 +139,12 @@ def read(path: str) -> Name:
         if part in GATES:
             words += GATES[part]
             continue
-        ordinal = ORDINALS.get(part)
+        implied = ORDINALS.get(part)
         if part in OUTWARD and _second(words, parts[place + 1 :]):
-            ordinal = "fc", 2
-        if ordinal is not None:
-            words += [ordinal[0], NUMBER]
-            numbers.append(ordinal[1])
+            implied = "fc", 2
+        if implied is not None and (ordinal or implied[0] != "norm"):
+            words += [implied[0], ORDINAL]
+            numbers.append(implied[1])
             continue
         for word in [part] if part in _CONCEPTS else _split(part):
             if word.isdigit():
@@ -187,7 +190,7 @@ def alike(a: str, b: str) -> float:
     """How alike two words are, 0 to 1: the same, of one meaning, or one beginning with the other."""
     if a == b:
         return 1.0
-    if NUMBER in (a, b):
+    if a in PLACES or b in PLACES:
         return 0.0
     if concepts(a) & concepts(b):
         return 0.8
@@ -220,13 +223,15 @@ class Likeness:
             for j, b in enumerate(right):
                 best = max(table[i][j + 1], table[i + 1][j], key=lambda cell: cell[0])
                 match = alike(a, b)
+                if ORDINAL in (a, b) and a in PLACES and b in PLACES:
+                    match = 1.0 if i and j and alike(left[i - 1], right[j - 1]) else 0.0
                 if match:
                     total, pairs = table[i][j]
                     total += match * (ours[i] + theirs[j])
                     if total > best[0]:
                         # which of its side's numbers each of the two is
-                        here, there = left[:i].count(NUMBER), right[:j].count(NUMBER)
-                        best = total, (*pairs, (here, there)) if a == NUMBER else pairs
+                        here, there = (sum(word in PLACES for word in words) for words in (left[:i], right[:j]))
+                        best = total, (*pairs, (here, there)) if a in PLACES else pairs
                 table[i + 1][j + 1] = best
         shared, pairs = table[-1][-1]
         whole = sum(ours) + sum(theirs)
@@ -238,4 +243,4 @@ def _weights(modules: list[tuple[str, ...]]) -> dict[str, float]:
     seen = Counter(word for words in modules for word in set(words))
     floor = 0.05
     weights = {word: floor + math.log(len(modules) / count) for word, count in seen.items()}
-    return {word: (0.5 * w if word in WEAK else floor if word == NUMBER else w) for word, w in weights.items()}
+    return {word: (0.5 * w if word in WEAK else floor if word in PLACES else w) for word, w in weights.items()}

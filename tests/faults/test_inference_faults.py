@@ -216,3 +216,43 @@ def test_a_fault_that_no_rearrangement_explains_has_no_finding() -> None:
         return port()(params, x) * (1 + 1e-6)
 
     assert verdict(Attention(), wrong) == ("divergent", "")
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_frozen_parameter_at_its_initial_value_is_not_forgotten_unseen(value: float) -> None:
+    """A shift of zeros or a factor of ones that the port leaves out: both sides agree until it is loaded."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(WIDTH, WIDTH)
+            self.held = torch.nn.Parameter(torch.full((WIDTH,), value), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x)
+            return y * self.held if value else y + self.held  # type: ignore[no-any-return]
+
+    forgetful = eq.function(lambda p, x: x @ p["fc"]["kernel"] + p["fc"]["bias"], {"fc": PARAMS["to_q"]})
+    with pytest.raises(eq.MappingError, match="no port leaf is named like held"):
+        eq.verify(Scaled(value), forgetful, (X,))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_gate_and_up_under_names_that_do_not_say_are_told_apart_by_a_run(swapped: bool) -> None:
+    class Gated(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.w2, self.w3 = (torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.w2(torch.nn.functional.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
+
+    def apply(params: Any, x: Any) -> Any:
+        gate, up = (params[name]["kernel"] for name in (("up", "gate") if swapped else ("gate", "up")))
+        return (jax.nn.silu(x @ gate) * (x @ up)) @ params["down"]["kernel"]
+
+    leaves = {name: {"kernel": PARAMS["gate"]["kernel"]} for name in ("gate", "up", "down")}
+    report = eq.verify(Gated(), eq.function(apply, leaves), (X,), checks=["outputs"], examples=1)
+    ends = {entry["source"]: entry["target"] for entry in report.to_dict()["reports"][0]["mapping"]}
+    assert report.verdict == "equivalent"
+    assert ends["w1.weight"] == ("up.kernel" if swapped else "gate.kernel")

@@ -90,6 +90,15 @@ def test_values_and_slopes_at_the_kinks(made: str) -> None:
     assert_translates(module, x, frameworks=("nnx",), moved=(), train=made == "RReLU()")
 
 
+def test_nan_and_infinity_are_torch_s() -> None:
+    x = np.repeat(np.float32([np.nan, -np.inf, 1.0]), 37)
+    for made in KINKS:
+        module = eval(f"nn.{made}", {"nn": nn}).eval()
+        wanted, found = module(torch.from_numpy(x)).detach().numpy(), np.asarray(eq.translate(module)(x))
+        far = ~(np.isfinite(wanted) & np.isfinite(found))
+        np.testing.assert_array_equal(found[far], wanted[far], err_msg=made)
+
+
 def test_a_number_is_a_row_of_one() -> None:
     x = torch.tensor(0.7)
     for module in (nn.Softmax(0), nn.LogSoftmax(-1), nn.PReLU(), nn.GELU()):

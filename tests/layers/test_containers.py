@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -101,6 +102,29 @@ def test_swapped_layers_of_equal_shapes_are_noticed() -> None:
     assert disagree(model, normal(3, 4), port=swapped)
 
 
+@pytest.mark.parametrize("names", [("conv", "act", "head"), ("2", "1", "0"), ("0", "3", "5")], ids=str)
+def test_a_sequential_of_named_layers_maps_by_their_order(names: tuple[str, ...]) -> None:
+    layers = (nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model = perturbed(nn.Sequential(OrderedDict(zip(names, layers, strict=True))))
+    assert_translates(model, normal(3, 4))
+
+
+@pytest.mark.parametrize("to", FRAMEWORKS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_call_runs_each_layer_in_its_own_mode(to: str, frozen: bool) -> None:
+    model = perturbed(nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), nn.BatchNorm1d(3), nn.Flatten(0)))
+    model.train(frozen)
+    model[0].train(not frozen)
+    model[1].eval()
+    batch = normal(4, 3)
+    made = eq.translate(model, to=to)
+    for _ in range(2):
+        found, wanted = made(batch), model(torch.from_numpy(batch))
+    np.testing.assert_array_max_ulp(np.asarray(found), wanted.detach().numpy(), 64)
+    counts = [int(v) for path, v in sorted(made.subject.buffers.items()) if "tracked" in path]
+    assert counts == [int(model[i].num_batches_tracked) for i in (0, 2)]
+
+
 class Own(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -147,12 +171,36 @@ def parametrized() -> nn.Module:
         (parametrized(), "ParametrizedLinear has no entry|ParametrizedLinear\\) has no entry"),
         (nn.LazyLinear(3), "call the torch module once"),
         (nn.Sequential(nn.LazyConv1d(3, 2)), r"0 \(LazyConv1d\) has no weights"),
+        (nn.Sequential(nn.Linear(2, 2, device="meta")), r"0 \(Linear\) has weights on the device 'meta'"),
+        (nn.Linear, "a torch.nn.Module is translated, not <class"),
+        (nn.ParameterDict({"form": torch.ones(2)}), "ParameterDict holds 'form'"),
+        (nn.ModuleDict({"deterministic": nn.Tanh()}), "ModuleDict holds 'deterministic'"),
     ],
-    ids=["own forward", "subclass", "hook", "forward on the object", "tied", "parametrized", "lazy", "lazy inside"],
+    ids=[
+        "own forward",
+        "subclass",
+        "hook",
+        "forward on the object",
+        "tied",
+        "parametrized",
+        "lazy",
+        "lazy inside",
+        "meta",
+        "a class",
+        "a taken name",
+        "a layer of a taken name",
+    ],
 )
 def test_what_cannot_be_read_is_refused_by_name(model: nn.Module, words: str) -> None:
     with pytest.raises(InputError, match=words):
         eq.translate(model)
+
+
+@pytest.mark.parametrize("to", FRAMEWORKS)
+def test_bfloat16_is_taken_as_float32(to: str) -> None:
+    model, batch = nn.Linear(4, 3).bfloat16(), torch.from_numpy(normal(2, 4)).bfloat16()
+    found = np.asarray(eq.translate(model, to=to)(batch))
+    np.testing.assert_array_max_ulp(found, model.float()(batch.float()).detach().numpy(), 64)
 
 
 def test_an_unknown_framework_is_refused() -> None:

@@ -126,6 +126,9 @@ def test_the_kernel_of_a_transposed_convolution_is_flax_s() -> None:
         (nn.Conv2d(3, 4, 3, padding=3, padding_mode="circular"), (2, 3, 2, 5)),
         (nn.Conv1d(3, 4, 5, padding_mode="replicate"), (2, 3, 4)),
         (nn.Conv1d(3, 4, 2), (2, 5, 4)),
+        (nn.Conv1d(3, 4, 5), (2, 3, 4)),
+        (nn.Conv2d(3, 4, 2), (1, 2, 3, 5, 6)),
+        (nn.Sequential(nn.Tanh(), nn.Conv2d(3, 4, (2, 5))), (2, 3, 6, 4)),
         (nn.ConvTranspose1d(3, 4, 3, output_padding=1), (2, 3, 5)),
         (nn.ConvTranspose1d(3, 4, 3, padding=5), (2, 3, 5)),
         (nn.ConvTranspose1d(3, 4, 3), (2, 4, 5)),
@@ -139,6 +142,27 @@ def test_both_sides_refuse(module: nn.Module, shape: tuple[int, ...]) -> None:
     for to in FRAMEWORKS:
         with pytest.raises((ValueError, TypeError, InputError, ScopeParamShapeError)):
             eq.translate(module, to=to)(np.zeros(shape, np.float32))
+
+
+def changed(module: nn.Module, **attributes: Any) -> nn.Module:
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        changed(nn.Conv2d(3, 3, 3), stride=2, padding=1, dilation=2),
+        changed(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), padding=(2, 0)),
+        changed(nn.Conv2d(3, 3, 3, bias=False), weight=nn.Parameter(torch.ones(4, 3, 2, 1))),
+        changed(nn.ConvTranspose2d(3, 3, 3), stride=2, padding=(1, 0), output_padding=(1, 1)),
+    ],
+    ids=["numbers", "a mode keeps the first padding", "weight", "transposed"],
+)
+def test_what_was_changed_after_construction_counts_as_in_torch(module: nn.Module) -> None:
+    for to in FRAMEWORKS:
+        assert_translates(perturbed(module), normal(2, 3, 6, 7), frameworks=(to,))
 
 
 @pytest.mark.parametrize("size", [(9, 13), (8, 11), (4, 9, 11), (9,)])

@@ -91,6 +91,19 @@ def test_a_bare_number_in_an_embedding_of_one_row() -> None:
     assert_translates(perturbed(nn.Embedding(1, 3)), np.array(0))
 
 
+@pytest.mark.parametrize("to", FRAMEWORKS)
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_weight_and_a_padding_row_put_in_after_construction(kind: type[nn.Module], to: str) -> None:
+    module = kind(4, 3)
+    module.weight = nn.Parameter(torch.ones(6, 2))
+    assert_translates(perturbed(module), np.array([[1, 5], [5, 0]]), frameworks=(to,))
+    module.padding_idx = -1
+    assert_translates(module, np.array([[1, 5], [5, 0]]), frameworks=(to,))
+    module.padding_idx = 6
+    with pytest.raises(InputError, match="padding_idx 6 is none of its 6 rows"):
+        eq.translate(module, to=to)
+
+
 def test_a_row_as_long_as_the_largest_norm_stays() -> None:
     module = nn.Embedding(3, 2, max_norm=5.0)
     with torch.no_grad():

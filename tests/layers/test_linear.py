@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
+import torch
 from torch import nn
 
-from tests.layers.sides import assert_translates, normal, perturbed
+import equivalence as eq
+from tests.layers.sides import FRAMEWORKS, assert_translates, normal, perturbed
 
 
 def test_linear() -> None:
@@ -13,6 +17,24 @@ def test_linear() -> None:
 
 def test_linear_without_bias_on_many_axes() -> None:
     assert_translates(perturbed(nn.Linear(5, 3, bias=False)), normal(2, 4, 5))
+
+
+def test_weights_of_other_sizes_put_in_after_construction() -> None:
+    module = nn.Linear(5, 3)
+    module.weight, module.bias = nn.Parameter(torch.ones(4, 2)), nn.Parameter(torch.ones(4))
+    assert_translates(perturbed(module), normal(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("made", "shape"),
+    [("Linear(5, 0)", (2, 5)), ("Linear(0, 3)", (2, 0)), ("Conv1d(0, 3, 2)", (2, 0, 5)), ("PReLU(0)", (2, 0))],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_sizes_of_zero(made: str, shape: tuple[int, ...]) -> None:
+    module = perturbed(eval(f"nn.{made}", {"nn": nn}))
+    wanted = module(torch.zeros(shape)).detach().numpy()
+    for to in FRAMEWORKS:
+        np.testing.assert_array_equal(np.asarray(eq.translate(module, to=to)(np.zeros(shape, np.float32))), wanted)
 
 
 def test_bilinear() -> None:
