@@ -174,7 +174,8 @@ def _remember(made: np.ndarray, source: Any) -> None:
     """Note the doubles that JAX rounds to an array, or may round next: it folds the cast of a number afterwards; and
     the float32 numbers that it may make doubles of."""
     if made.ndim == 0 and getattr(source, "dtype", None) == np.float32:
-        _state.memory.widened.add(float(made))
+        if not stays(np.asarray(source)).all():
+            _state.memory.widened.add(float(made))
         return
     if made.ndim == 0 and made.dtype == np.float64:
         with np.errstate(over="ignore", under="ignore"):
