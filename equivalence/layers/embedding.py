@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,7 @@ def bagged(rows: Any, kept: Any, bags: Any, count: int, mode: str) -> Any:
 )
 def embedding(module: Any, inside: Inside) -> Form:
     """nn.Embedding."""
+    module = copy.copy(module)  # its options as they are now
     held, _ = leaves(module)
     count, features = held["weight"].shape
     padding = _padding(module, count)
@@ -135,6 +137,7 @@ def embedding(module: Any, inside: Inside) -> Form:
 )
 def embedding_bag(module: Any, inside: Inside) -> Form:
     """nn.EmbeddingBag."""
+    module = copy.copy(module)
     held, _ = leaves(module)
     mode, padding = module.mode, _padding(module, len(held["weight"]))
     if mode == "max" and (module.scale_grad_by_freq or module.sparse):

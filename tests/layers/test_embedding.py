@@ -206,3 +206,11 @@ def test_options_that_a_maximum_does_not_take(options: dict[str, bool]) -> None:
         module(torch.tensor([[1, 2]]))
     with pytest.raises(InputError, match="in torch too"):
         eq.translate(module)
+
+
+def test_a_translation_keeps_the_options_of_its_day() -> None:
+    module = nn.Embedding(5, 3, max_norm=0.5)
+    made = eq.translate(module)
+    module.max_norm = 100.0
+    rows = np.asarray(made(np.arange(5)))
+    assert np.linalg.norm(rows, axis=-1).max() <= 0.5
