@@ -1,4 +1,4 @@
-# make verify | test | lint | bench. Each sets up .venv by itself: only a python3 of 3.11 or later is needed.
+# make verify | test | test-layers | lint | bench. Each sets up .venv by itself: only a python3 of 3.11 or later is needed.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/installed
 WORKERS ?= auto
 
 .DEFAULT_GOAL := verify
-.PHONY: verify test lint bench
+.PHONY: verify test test-layers lint bench
 
 verify: $(STAMP)
 	@echo "== verify: titanic_mlp in PyTorch against its ports, from the weights to the trained model"
@@ -16,6 +16,10 @@ verify: $(STAMP)
 test: $(STAMP)
 	@echo "== test: pytest, in parallel by model"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+test-layers: $(STAMP)
+	@echo "== test-layers: every sample of torch's module database, to NNX and to Linen"
+	EQUIVALENCE_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/layers/test_module_db.py
 
 lint: $(STAMP)
 	@echo "== lint: ruff, then mypy"
