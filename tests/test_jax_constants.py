@@ -19,7 +19,7 @@ import jax.numpy as jnp  # noqa: E402 - they need jax
 from equivalence.runtimes import jax_constants  # noqa: E402
 from equivalence.runtimes.closed_forms import closed_form  # noqa: E402
 from equivalence.runtimes.jax import environment  # noqa: E402
-from equivalence.runtimes.jax_constants import exact, stays, watched  # noqa: E402
+from equivalence.runtimes.jax_constants import Memory, exact, stays, watched  # noqa: E402
 from equivalence.runtimes.jax_lift import Lifted, lifted  # noqa: E402
 
 X = np.random.default_rng(0).uniform(0.5, 1.5, 6)
@@ -28,7 +28,7 @@ IRRATIONAL = np.sin(np.arange(1.0, 21.0)).astype(np.float32)
 
 @pytest.fixture(autouse=True)
 def float64() -> Iterator[None]:
-    with environment(64):
+    with environment(64, Memory()):
         yield
 
 

@@ -19,6 +19,7 @@ from jax.extend import core  # noqa: E402
 from equivalence.numerics import distance, finite, rms  # noqa: E402
 from equivalence.runtimes.draws import draws_of, with_draws  # noqa: E402
 from equivalence.runtimes.jax import environment  # noqa: E402
+from equivalence.runtimes.jax_constants import Memory  # noqa: E402
 from equivalence.runtimes.jax_lift import LIFTABLE, Lifted, lifted  # noqa: E402
 
 Function = Callable[..., Any]
@@ -28,7 +29,7 @@ W = np.random.default_rng(1).uniform(-0.8, 0.8, (5, 5))
 
 @pytest.fixture(autouse=True)
 def float64() -> Iterator[None]:
-    with environment(64):
+    with environment(64, Memory()):
         yield
 
 

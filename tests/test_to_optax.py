@@ -432,5 +432,5 @@ def test_complex_parameters_are_refused() -> None:
 def test_leaves_that_do_not_fit_the_model_are_all_named() -> None:
     model = torch.nn.Linear(3, 2)
     transform = eq.to_optax(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
-    with pytest.raises(InputError, match=r"no port leaf is named like bias.*weight"):
+    with pytest.raises(InputError, match="no port leaf is named like weight, bias"):
         transform.init({"core": jnp.ones((3, 2))})

@@ -40,7 +40,7 @@ DTYPES: dict[int, Any] = {32: jnp.float32, 64: jnp.float64}
 def environment(bits: int, memory: Memory | None = None) -> Iterator[None]:
     """x64 on for float64 and off for float32, matmul at its highest precision, for this thread and this block only.
 
-    In float64 the doubles that JAX rounds are put into `memory`; None is a new one.
+    In float64 the doubles that JAX rounds are put into `memory`; None is one that all such blocks share.
     """
     with jax.enable_x64(bits == 64), jax.default_matmul_precision("highest"):
         if bits == 64:

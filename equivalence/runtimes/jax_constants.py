@@ -66,6 +66,9 @@ class Memory:
             del self.tables[next(iter(self.tables))]
 
 
+_shared = Memory()
+
+
 def low(dtype: Any) -> bool:
     """Whether a dtype is a float, real or complex, of less than double precision."""
     return bool(jnp.issubdtype(dtype, jnp.inexact)) and np.dtype(dtype) not in (np.float64, np.complex128)
@@ -106,7 +109,7 @@ def _raised(dtype: Any) -> Any:
 @contextlib.contextmanager
 def watched(memory: Memory | None = None) -> Iterator[None]:
     """NumPy watched in this thread: what user code makes stays in float64, what JAX rounds is put into the memory;
-    None is that of the block around this one, or a new one."""
+    None is that of the block around this one, or one that all such blocks share."""
     with _lock:
         if not _originals:
             _originals.update({name: getattr(np, name) for name in FACTORIES})
@@ -114,7 +117,7 @@ def watched(memory: Memory | None = None) -> Iterator[None]:
                 setattr(np, name, _watch(original))
         _inside.append(None)
     before = getattr(_state, "depth", 0), getattr(_state, "memory", None)
-    _state.depth, _state.memory = 1, memory or before[1] or Memory()
+    _state.depth, _state.memory = 1, memory or before[1] or _shared
     try:
         with _traced_for(_state.memory.serial):
             yield

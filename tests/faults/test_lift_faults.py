@@ -20,6 +20,7 @@ from equivalence.frameworks import adapt  # noqa: E402
 from equivalence.observation import Batch  # noqa: E402
 from equivalence.optimizers import resolve  # noqa: E402
 from equivalence.runtimes.jax import JaxRunner, environment  # noqa: E402
+from equivalence.runtimes.jax_constants import Memory  # noqa: E402
 from equivalence.runtimes.jax_lift import Lifted, lifted  # noqa: E402
 from equivalence.sources import Parts, compared  # noqa: E402
 from tests.agreement import Arrays, assert_agree, disagreements  # noqa: E402
@@ -107,7 +108,7 @@ def seen(chosen: Choices, low: Any) -> Callable[[Arrays], Any]:
 
 def native(bits: int, arrays: Arrays) -> Arrays:
     """The block written in the precision of the run."""
-    with environment(bits):
+    with environment(bits, Memory()):
         return on_host(jax.jit(seen(Choices(), {32: jnp.float32, 64: jnp.float64}[bits]))(dict(arrays)))
 
 
@@ -116,7 +117,7 @@ def port(chosen: Choices) -> Callable[[int, Arrays], Arrays]:
 
     def run(bits: int, arrays: Arrays) -> Arrays:
         function = seen(chosen, jnp.float32)
-        with environment(bits):
+        with environment(bits, Memory()):
             return on_host(jax.jit(lifted(function, Lifted()) if bits == 64 else function)(dict(arrays)))
 
     return run
